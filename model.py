@@ -1,0 +1,348 @@
+"""A tiny GPT with GPT-2's architecture, its KV cache, a value head, a reward head, and files of weights.
+
+Everything in this file is a network or a file of weights; how they are trained is in `rlhf.py`.
+Shapes: B rows, S tokens of a row, K keys, C = n_embd, nh heads of size hs = C / nh, V = vocab_size.
+"""
+import copy
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 1024  # V, tokens in the vocabulary
+    block_size: int = 256   # longest sequence, prompt and response together
+    n_layer: int = 4        # transformer blocks
+    n_head: int = 4         # attention heads; they split n_embd evenly
+    n_embd: int = 128       # C, width of the residual stream
+    eos_token: int = 1023   # begins every sequence and ends every response
+
+
+class Attention(nn.Module):
+    """Causal self-attention, softmax(q kᵀ / √hs) v, over the keys at positions <= the query's."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None, positions=None):
+        B, S, C = x.shape
+        q, k, v = self.c_attn(x).view(B, S, 3, self.n_head, C // self.n_head).unbind(2)
+        q = q.transpose(1, 2)                                              # (B, nh, S, hs)
+        if cache is None:
+            y = F.scaled_dot_product_attention(
+                q, k.transpose(1, 2), v.transpose(1, 2), is_causal=True)   # (B, nh, S, hs)
+        else:
+            keys, values = cache                                           # 2 × (B, nh, K, hs)
+            rows = torch.arange(B, device=x.device)[:, None]               # (B, 1)
+            keys[rows, :, positions] = k.to(keys.dtype)  # each row writes at its own positions,
+            values[rows, :, positions] = v.to(values.dtype)
+            # … and sees no key after them: what an earlier, padded write left there is garbage.
+            seen = torch.arange(keys.shape[2], device=x.device) <= positions[:, None, :, None]
+            y = F.scaled_dot_product_attention(
+                q, keys.to(q.dtype), values.to(q.dtype), attn_mask=seen)   # (B, nh, S, hs)
+        return self.c_proj(y.transpose(1, 2).reshape(B, S, C))
+
+
+class MLP(nn.Module):
+    """Two layers with GPT-2's GELU (the tanh approximation), four times as wide inside."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. No dropout: it would make the PPO ratio differ from 1 at the start."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None, positions=None):
+        x = x + self.attn(self.ln_1(x), cache, positions)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """π_θ: maps tokens to the logits of the next one. Architecture and names of GPT-2."""
+
+    def __init__(self, config, generator=None):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} does not divide into n_head {config.n_head}")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():  # GPT-2's initialisation; the norms keep torch's
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:  # layers that write to the residual stream: smaller with depth
+                std = 0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02
+                nn.init.normal_(p, std=std, generator=generator)
+
+    def hidden(self, tokens, cache=None, positions=None):
+        """Final hidden states (B, S, C) of tokens (B, S).
+
+        Without a cache, row b's token s stands at position s, and rows are right-padded. With a
+        cache (see `new_cache`), token s of row b stands at positions[b, s], its key and value are
+        written there, and it attends to the cached keys at positions <= its own.
+        """
+        S = tokens.shape[1]
+        if S > self.config.block_size:
+            raise ValueError(f"{S} tokens do not fit the context of {self.config.block_size}")
+        where = torch.arange(S, device=tokens.device) if positions is None else positions
+        x = self.wte(tokens) + self.wpe(where)                             # (B, S, C)
+        for i, block in enumerate(self.h):
+            x = block(x, cache and cache[i], positions)
+        return self.ln_f(x)
+
+    def logits(self, hidden):
+        """(…, C) -> (…, V), with the output embedding tied to the input embedding."""
+        return F.linear(hidden, self.wte.weight)
+
+    def forward(self, tokens, positions=None):
+        """Logits (B, S, V) of right-padded tokens (B, S): logits[b, s] predict token s + 1.
+
+        With `positions` (B, T), only those are projected: (B, T, V).
+        """
+        return self.logits(pick(self.hidden(tokens), positions))
+
+    def new_cache(self, batch, length):
+        """Room for `length` keys and values of `batch` rows: a list of (keys, values) a layer."""
+        c, w = self.config, self.wte.weight
+        shape = (batch, c.n_head, length, c.n_embd // c.n_head)            # (B, nh, K, hs)
+        return [(w.new_zeros(shape), w.new_zeros(shape)) for _ in self.h]
+
+    @classmethod
+    def from_pretrained(cls, name_or_path):
+        """A GPT from a directory in Hugging Face's GPT-2 layout, or gpt2, gpt2-medium, -large, -xl.
+
+        A directory holds `config.json` and `pytorch_model.bin` or `model.safetensors`. A name is
+        downloaded to torch's cache. Raises ValueError in one line that names what is wrong.
+        """
+        return load_gpt2(cls, name_or_path)
+
+    def save_pretrained(self, directory):
+        """Write `config.json` and `pytorch_model.bin`, as GPT2LMHeadModel.from_pretrained reads them."""
+        save_gpt2(self, directory)
+
+
+def pick(x, positions):
+    """x (B, S, C) at positions (B, T) -> (B, T, C); all of x if positions is None."""
+    if positions is None:
+        return x
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+
+
+class ActorCritic(nn.Module):
+    """The policy π_θ and its value function V on one trunk, which starts as a copy of `gpt`.
+
+    A copy, so that `gpt` can stay as the frozen reference. The value head starts at zero: before
+    training V(s) = 0 for every state, and the first advantages are not noise of the initialisation
+    (Stiennon et al. 2009.01325, appendix; Huang et al. 2024, "The N+ implementation details").
+    """
+
+    def __init__(self, gpt):
+        super().__init__()
+        self.gpt = copy.deepcopy(gpt)
+        self.value_head = nn.Linear(gpt.config.n_embd, 1).to(gpt.wte.weight)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def forward(self, tokens, positions=None):
+        """Logits (B, T, V) and values (B, T) at `positions` (B, T) of tokens (B, S); None: at all S.
+
+        Both are read from the same hidden state: at position P-1+t, the last token of s_t, they
+        are log π(·|s_t) before its softmax, and V(s_t).
+        """
+        x = pick(self.gpt.hidden(tokens), positions)                       # (B, T, C)
+        return self.gpt.logits(x), self.value_head(x).squeeze(-1)
+
+
+class RewardModel(nn.Module):
+    """r(x, y): a copy of the trunk with a scalar head, read at the last token of each row.
+
+    The head starts as N(0, 1/√(C+1)) (Ziegler et al. 1909.08593, Stiennon et al. 2009.01325).
+    """
+
+    def __init__(self, gpt, generator=None):
+        super().__init__()
+        self.gpt = copy.deepcopy(gpt)
+        self.reward_head = nn.Linear(gpt.config.n_embd, 1).to(gpt.wte.weight)
+        std = 1 / math.sqrt(gpt.config.n_embd + 1)
+        nn.init.normal_(self.reward_head.weight, std=std, generator=generator)
+        nn.init.zeros_(self.reward_head.bias)
+
+    def forward(self, tokens, lengths):
+        """Scores (B,) of right-padded tokens (B, S) whose rows have `lengths` (B,) tokens."""
+        x = pick(self.gpt.hidden(tokens), lengths[:, None] - 1)            # (B, 1, C)
+        return self.reward_head(x).squeeze(-1).squeeze(-1)
+
+    @torch.no_grad()
+    def normalize(self, scores):
+        """Fold the mean and std of `scores` (N,), which this model gave, into its head.
+
+        PPO's constants assume scores of mean 0 and std 1 under the reference policy
+        (Ziegler et al. 1909.08593, section 2.1).
+        """
+        std = scores.std(correction=0).clamp_min(1e-6)
+        self.reward_head.weight.div_(std)
+        self.reward_head.bias.sub_(scores.mean()).div_(std)
+
+
+# --------------------------------------------------------------------------- files of weights
+
+
+def save_checkpoint(path, checkpoint):
+    """torch.save under a temporary name, then rename: a reader sees the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """What `save_checkpoint` wrote, on the CPU. Never unpickles code; ValueError if unreadable."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises half a dozen kinds for cut or foreign files
+        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+
+
+def read_safetensors(path):
+    """The tensors of a .safetensors file: 8 bytes of header length, a JSON header, raw bytes."""
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+             "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
+    raw = bytearray(Path(path).read_bytes())
+    try:
+        start = 8 + struct.unpack("<Q", raw[:8])[0]
+        header = json.loads(raw[8:start])
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            shape, (a, b) = entry["shape"], entry["data_offsets"]
+            flat = torch.frombuffer(raw, dtype=torch.uint8)[start + a:start + b]
+            kind = kinds[entry["dtype"]]
+            tensors[name] = torch.frombuffer(bytearray(flat.numpy()), dtype=kind).view(shape)
+        return tensors
+    except (struct.error, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from None
+
+
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+# Hugging Face keeps these four weights of a block as Conv1D: transposed against nn.Linear.
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+GPT2_FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None,
+              "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+              "reorder_and_upcast_attn": False, "tie_word_embeddings": True}
+
+
+def read_gpt2_files(name_or_path):
+    """(config dictionary, state dictionary) of a local directory, or of one of GPT2_NAMES."""
+    directory = Path(name_or_path)
+    if str(name_or_path) in GPT2_NAMES and not directory.exists():
+        url = f"https://huggingface.co/{name_or_path}/resolve/main/"
+        cache = Path(torch.hub.get_dir()) / "checkpoints" / str(name_or_path)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            for name in ("config.json", "pytorch_model.bin"):
+                if not (cache / name).exists():
+                    torch.hub.download_url_to_file(url + name, str(cache / name))
+        except OSError as error:
+            raise ValueError(f"{name_or_path}: cannot download {url}{name} ({error}); offline, put "
+                             f"config.json and pytorch_model.bin into {cache}") from None
+        directory = cache
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{name_or_path}: no config.json there; expected a directory in Hugging "
+                         f"Face's GPT-2 layout, or one of {', '.join(GPT2_NAMES)}")
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{directory / 'config.json'}: expected a JSON object")
+    if (directory / "model.safetensors").is_file():
+        return config, read_safetensors(directory / "model.safetensors")
+    if (directory / "pytorch_model.bin").is_file():
+        return config, load_checkpoint(directory / "pytorch_model.bin")
+    if any(directory.glob("*.index.json")):
+        raise ValueError(f"{directory}: the weights are sharded; expected one file")
+    raise ValueError(f"{directory}: no pytorch_model.bin and no model.safetensors there")
+
+
+def load_gpt2(cls, name_or_path):
+    """See GPT.from_pretrained."""
+    raw, state = read_gpt2_files(name_or_path)
+    if raw.get("model_type", "gpt2") != "gpt2":
+        raise ValueError(f"{name_or_path}: model_type is {raw['model_type']!r}, expected 'gpt2'")
+    for key, value in GPT2_FIXED.items():
+        if raw.get(key, value) != value and not (key == "n_inner" and raw[key] == 4 * raw["n_embd"]):
+            raise ValueError(f"{name_or_path}: config.json has {key} = {raw[key]!r}; "
+                             f"this GPT has {value!r}")
+    try:
+        config = GPTConfig(raw["vocab_size"], raw.get("n_positions") or raw["n_ctx"], raw["n_layer"],
+                           raw["n_head"], raw["n_embd"],
+                           raw.get("eos_token_id", raw["vocab_size"] - 1))
+        gpt = cls(config)
+    except (KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"{name_or_path}: config.json is missing or has a wrong {error}") from None
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+        raise ValueError(f"{name_or_path}: the weight file does not hold a state dictionary")
+    state = {k.removeprefix("transformer."): v for k, v in state.items()}
+    head = state.pop("lm_head.weight", None)  # GPT-2 ties it to wte
+    if head is not None and not torch.equal(head, state.get("wte.weight", head)):
+        raise ValueError(f"{name_or_path}: lm_head.weight differs from wte.weight; "
+                         "this GPT ties the two")
+    state = {k: v for k, v in state.items()  # buffers: the causal mask and its fill value
+             if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+    state = {k: v.float().t() if k.endswith(CONV1D) else v.float() for k, v in state.items()}
+    own = gpt.state_dict()
+    wrong = ([f"missing {k}" for k in own if k not in state]
+             + [f"unexpected {k}" for k in state if k not in own]
+             + [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+                for k in own if k in state and own[k].shape != state[k].shape])
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise ValueError(f"{name_or_path}: weights do not fit: {'; '.join(wrong[:3])}{more}")
+    gpt.load_state_dict(state)
+    return gpt
+
+
+def save_gpt2(gpt, directory):
+    """See GPT.save_pretrained."""
+    directory, c = Path(directory), gpt.config
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
+              "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size,
+              "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
+              "bos_token_id": c.eos_token, "eos_token_id": c.eos_token, **GPT2_FIXED}
+    state = {f"transformer.{k}": (v.t() if k.endswith(CONV1D) else v).detach().cpu().contiguous()
+             for k, v in gpt.state_dict().items()}
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    save_checkpoint(directory / "pytorch_model.bin", state)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,1144 @@
+"""Reinforcement learning from human feedback, from scratch, in the order of its derivation.
+
+    language model → reward model → trajectories → policy gradient → rewards-to-go, baseline,
+    advantage → GAE → importance sampling → PPO → KL penalty
+
+One index convention holds everywhere. A prompt has P tokens, a response T. With state
+s_t = prompt ⊕ y_0 … y_{t-1} and action a_t = y_t, everything with index t is read from the hidden
+state at position P-1+t, the last token of s_t: the logits that give log π(a_t|s_t), and V(s_t).
+So `log_probs`, `values`, `rewards`, `advantages` and `mask` are all (B, T), column t is time step
+t, and nothing is shifted by one. Sequences are right-padded; mask[b, t] is 1 up to and including
+the token that ends the response, 0 after it, and nothing behind a 0 can change any result.
+
+Papers: PPO 1707.06347; GAE 1506.02438; InstructGPT 2203.02155; Stiennon et al. 2009.01325;
+Ziegler et al. 1909.08593. Shapes: B rows, S tokens of a row, T steps, V the vocabulary.
+"""
+import argparse
+import dataclasses
+import hashlib
+import inspect
+import itertools
+import math
+import re
+import shutil
+import signal
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from data import dataset
+from model import GPT, ActorCritic, GPTConfig, RewardModel, load_checkpoint, save_checkpoint
+
+# =================================================================================================
+# Configuration
+# =================================================================================================
+
+
+@dataclass
+class Config:
+    """Every setting of a run. Each is a flag of the command line, with its comment as the help."""
+    # -- general
+    seed: int = 0                      # every draw comes from a generator seeded by this
+    device: str = "auto"               # cpu, cuda, mps, or auto: the best one there is
+    out_dir: str = "out"               # the run writes here and nowhere else
+    data_dir: str = str(dataset.SHIPPED)  # preferences.jsonl and more; see data/README.md
+    max_grad_norm: float = 1.0         # longer gradients are scaled down to this, in every stage
+    # -- language model
+    block_size: int = 256              # context: most tokens of prompt and response together
+    n_layer: int = 4                   # transformer blocks
+    n_head: int = 4                    # attention heads
+    n_embd: int = 128                  # width
+    lm_epochs: int = 3                 # passes over the corpus
+    lm_batch_size: int = 32            # documents a step
+    lm_lr: float = 3e-3                # peak learning rate
+    # -- reward model
+    rm_epochs: int = 2                 # passes over the pairs
+    rm_batch_size: int = 32            # pairs a step
+    rm_lr: float = 5e-4                # peak learning rate
+    # -- rollout
+    max_new_tokens: int = 64           # T_max: a response that is longer is cut
+    temperature: float = 1.0           # of sampling, and of every log-prob in PPO
+    # -- ppo
+    ppo_iterations: int = 60           # times collect + update
+    ppo_batch_size: int = 64           # trajectories an iteration
+    ppo_epochs: int = 4                # passes over each batch of experience
+    minibatch_size: int = 16           # trajectories a gradient step
+    ppo_lr: float = 1e-3               # learning rate at the start; falls linearly to 0
+    kl_coef: float = 0.05              # beta: the price of a nat of KL to the language model
+    kl_target: float | None = None     # nats a response: adapts kl_coef to hold it; none: fixed
+    gamma: float = 1.0                 # discount
+    lam: float = 0.95                  # lambda of GAE
+    clip: float = 0.2                  # epsilon of PPO's ratio
+    value_clip: float = 0.2            # epsilon of the value's change
+    value_coef: float = 0.1            # c1, weight of the value loss
+    entropy_coef: float = 0.0          # c2, weight of the entropy bonus
+    early_stop_kl: float | None = 0.1  # a minibatch this far from the old policy ends the update
+    missing_eos_score: float | None = -3.0  # score of a cut response; none: reward_fn's own
+    # -- evaluation
+    eval_prompts: int = 512            # held-out prompts, at most
+
+    def __post_init__(self):
+        check(self)
+
+
+def check(config):
+    """Raise ValueError, in one line, for a setting that makes no sense."""
+    c = config
+
+    def need(ok, name, expected):
+        if not ok:
+            raise ValueError(f"{name} is {getattr(c, name)!r}, expected {expected}")
+
+    for field in dataclasses.fields(c):
+        value = getattr(c, field.name)
+        kinds = {float: (float, int), int: int, str: str}.get(field.type, (float, int, type(None)))
+        need(isinstance(value, kinds) and not isinstance(value, bool), field.name,
+             getattr(field.type, "__name__", str(field.type)))
+        need(not isinstance(value, float) or math.isfinite(value), field.name, "a finite number")
+    for name in ("block_size n_layer n_head n_embd lm_batch_size rm_batch_size max_new_tokens "
+                 "ppo_batch_size ppo_epochs minibatch_size eval_prompts").split():
+        need(getattr(c, name) >= 1, name, "at least 1")
+    for name in "lm_epochs rm_epochs ppo_iterations kl_coef value_coef entropy_coef".split():
+        need(getattr(c, name) >= 0, name, "at least 0")
+    for name in "lm_lr rm_lr ppo_lr".split():
+        need(getattr(c, name) >= 0, name, "at least 0")
+    for name in "temperature clip value_clip max_grad_norm".split():
+        need(getattr(c, name) > 0, name, "more than 0")
+    for name in "gamma lam".split():
+        need(0 <= getattr(c, name) <= 1, name, "0 to 1")
+    for name in "kl_target early_stop_kl".split():
+        need(getattr(c, name) is None or getattr(c, name) > 0, name, "more than 0, or none")
+    need(c.n_embd % c.n_head == 0, "n_embd", f"a multiple of n_head, {c.n_head}")
+    need(c.minibatch_size <= c.ppo_batch_size, "minibatch_size",
+         f"at most ppo_batch_size, {c.ppo_batch_size}")
+    # An end token before, at least one token of prompt, and an end token for a cut response.
+    need(c.max_new_tokens + 3 <= c.block_size, "max_new_tokens",
+         f"at most block_size - 3, {c.block_size - 3}, to leave room for a prompt")
+
+
+def seeded(seed, stage, step):
+    """The generator of one step: what is random in it depends on (seed, stage, step) alone."""
+    digest = hashlib.sha256(f"{seed}/{stage}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+# =================================================================================================
+# Reward model: preferences become a number
+# =================================================================================================
+
+
+def reward_model_loss(chosen, rejected):
+    """Bradley–Terry: −E log σ(r_w − r_l), the negative log-likelihood of the preferences.
+
+    P(y_w ≻ y_l | x) = e^{r_w} / (e^{r_w} + e^{r_l}) = σ(r_w − r_l). The loss is positive, and large
+    when the order is wrong. Rewards are in logits; a constant added to both changes nothing.
+
+    chosen, rejected: (B,) scores r(x, y_w), r(x, y_l)    returns: () mean over pairs
+    Source: InstructGPT 2203.02155, eq. 1; Stiennon et al. 2009.01325, section 3.4.
+    """
+    return -F.logsigmoid(chosen - rejected).mean()  # log(sigmoid(·)) would overflow to -inf
+
+
+# =================================================================================================
+# Trajectories: sampling from the policy
+# =================================================================================================
+
+
+@dataclass
+class Rollout:
+    """Trajectories τ ~ π_θ. The ids that were sampled are the ids that are trained on."""
+    tokens: torch.Tensor          # (B, P+T) prompt, response, padding
+    prompt_lengths: torch.Tensor  # (B,) P of each row
+    actions: torch.Tensor         # (B, T) a_t, 0 after the end
+    mask: torch.Tensor            # (B, T) True up to and including the end
+    log_probs: torch.Tensor       # (B, T) log π(a_t|s_t) of the distribution sampled from
+
+
+def sample_tokens(log_probs, uniforms):
+    """One token a row by inverse transform: the first whose cumulative probability exceeds u.
+
+    log_probs: (B, V), uniforms: (B,) in [0, 1)    returns: (B,)
+    (torch.multinomial draws V random numbers a row where this needs one.)
+    """
+    cdf = log_probs.exp().cumsum(-1)                                       # (B, V)
+    u = uniforms[:, None] * cdf[:, -1:]  # rounding leaves the sum near 1, not at it
+    return torch.searchsorted(cdf, u, right=True).squeeze(1).clamp_max(cdf.shape[1] - 1)
+
+
+@torch.no_grad()
+def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generator=None):
+    """Sample a response to each prompt: a_t ~ π_θ(·|s_t) until the end token or T_max.
+
+    p(τ) = Π_t π_θ(a_t|s_t): the prompt is given and the "environment" merely appends a_t to s_t.
+    Rows of different length write each next token at their own position; a row that has ended
+    leaves the batch. Row b's draws are its own, so that changes nothing for the others.
+
+    policy: GPT or ActorCritic    prompts: list of B lists of token ids, each with P >= 1
+    generator: a seeded torch.Generator    returns: Rollout; T is the longest response's length
+    Raises ValueError for an empty prompt, or where prompt and response exceed the context.
+    """
+    gpt = getattr(policy, "gpt", policy)
+    device, B = gpt.wte.weight.device, len(prompts)
+    lengths = [len(prompt) for prompt in prompts]
+    if min(lengths) < 1:
+        raise ValueError("a prompt has no token; begin every prompt with the end token")
+    P = max(lengths)
+    if P + max_new_tokens > gpt.config.block_size:
+        raise ValueError(f"prompt {P} + max_new_tokens {max_new_tokens} exceed the context of "
+                         f"{gpt.config.block_size} tokens")
+    tokens = torch.zeros(B, P + max_new_tokens, dtype=torch.long)          # (B, P+T)
+    for row, prompt in zip(tokens, prompts):
+        row[:len(prompt)] = torch.as_tensor(prompt)
+    tokens, prompt_lengths = tokens.to(device), torch.tensor(lengths, device=device)
+    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)  # (B, T)
+    log_probs = torch.zeros(B, max_new_tokens, device=device, dtype=gpt.wte.weight.dtype)
+    log_probs = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
+    uniforms = torch.rand(max_new_tokens, B, generator=generator,
+                          device=generator.device if generator else "cpu").to(device)
+
+    rows = torch.arange(B, device=device)  # which trajectory each row of the batch is
+    alive = torch.ones(B, dtype=torch.bool, device=device)
+    with autocast(gpt):
+        cache = gpt.new_cache(B, P + max_new_tokens)
+        positions = torch.arange(P, device=device).expand(B, P)
+        x = gpt.hidden(tokens[:, :P], [(k[:, :, :P], v[:, :, :P]) for k, v in cache], positions)
+        x = x[rows, prompt_lengths - 1]                                    # (B, C) the last of s_0
+        for t in range(max_new_tokens):
+            logits = gpt.logits(x)                                         # (B', V)
+            logits = logits.to(log_probs.dtype) / temperature
+            log_p = F.log_softmax(logits, dim=-1)
+            action = sample_tokens(log_p, uniforms[t, rows])               # (B',)
+            log_probs[rows, t] = log_p.gather(1, action[:, None]).squeeze(1)
+            tokens[rows, prompt_lengths[rows] + t] = action
+            mask[rows, t] = alive
+            alive = alive & (action != eos_token)
+            left = int(alive.sum())
+            if left == 0 or t + 1 == max_new_tokens:
+                break
+            if left <= 0.8 * len(rows):  # moving the cache costs time: not for every row that ends
+                rows, action, cache = rows[alive], action[alive], [
+                    (k[alive], v[alive]) for k, v in cache]
+                alive = alive[alive]
+            positions = (prompt_lengths[rows] + t)[:, None]                # (B', 1)
+            seen = [(k[:, :, :P + t + 1], v[:, :, :P + t + 1]) for k, v in cache]
+            x = gpt.hidden(action[:, None], seen, positions)[:, 0]         # (B', C)
+
+    T = int(mask.sum(1).max())
+    at = (prompt_lengths[:, None] + torch.arange(T, device=device))        # (B, T)
+    mask, log_probs = mask[:, :T], log_probs[:, :T]
+    actions = tokens.gather(1, at).where(mask, 0)
+    tokens.scatter_(1, at, actions)
+    return Rollout(tokens[:, :P + T], prompt_lengths, actions, mask, log_probs.where(mask, 0))
+
+
+def response_positions(prompt_lengths, tokens, T):
+    """P-1+t: where the logits and the value of time step t are read. (B, T)"""
+    positions = prompt_lengths[:, None] - 1 + torch.arange(T, device=tokens.device)
+    return positions.clamp_max(tokens.shape[1] - 1)  # beyond it there is only padding
+
+
+# =================================================================================================
+# Log-probabilities and rewards
+# =================================================================================================
+
+
+def gather_log_probs(logits, actions):
+    """log π(a_t|s_t) = logits[a_t] − log Σ_a exp(logits[a]), in float32 or better.
+
+    logits: (B, T, V), actions: (B, T) of ids    returns: (B, T) in nats, each <= 0
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.log_softmax(logits, dim=-1).gather(-1, actions[..., None]).squeeze(-1)
+
+
+def kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, kl_coef):
+    """r_t = −β (log π(a_t|s_t) − log π_ref(a_t|s_t)) + [t is the last step] · score.
+
+    The score of the whole response is earned by its last action, also when it was cut at T_max;
+    the KL penalty is earned where it arises. Σ_t r_t = score − β Σ_t (log π − log π_ref).
+
+    scores: (B,), log_probs, ref_log_probs, mask: (B, T)    returns: (B, T), 0 after the end
+    Source: InstructGPT 2203.02155, eq. 2; Ziegler et al. 1909.08593, eq. 2.
+    """
+    mask = mask.bool()
+    rewards = -kl_coef * (log_probs - ref_log_probs).where(mask, 0)
+    last = mask.sum(1, keepdim=True) - 1                                   # (B, 1)
+    is_last = torch.arange(mask.shape[1], device=mask.device) == last      # (B, T)
+    return rewards + scores[:, None].where(is_last, 0)
+
+
+# =================================================================================================
+# Policy gradient, and its variance: rewards-to-go, baseline, advantage
+# =================================================================================================
+
+
+def policy_gradient_loss(log_probs, weights, mask):
+    """A loss whose gradient is −∇J: −(1/N) Σ_i Σ_t log π(a_t|s_t) w_t, over N trajectories.
+
+    ∇J(θ) = E_τ[Σ_t ∇log π_θ(a_t|s_t) w_t], where w_t may be the whole return R(τ) (REINFORCE),
+    the rewards-to-go, those minus a baseline b(s_t), or the advantage A(s_t, a_t): the same
+    expectation, each with less variance than the one before.
+
+    log_probs, weights, mask: (B, T)    returns: (); weights are constants, without gradient
+    Source: the policy gradient theorem; REINFORCE, Williams 1992; GAE 1506.02438, eq. 1.
+    """
+    terms = (log_probs * weights.detach()).where(mask.bool(), 0)
+    return -terms.sum() / mask.shape[0]
+
+
+def rewards_to_go(rewards, mask, gamma=1.0):
+    """R_t = Σ_{t' >= t} γ^{t'−t} r_{t'}: an action cannot change what was earned before it.
+
+    rewards, mask: (B, T)    returns: (B, T), 0 after the end
+    """
+    rewards = rewards.where(mask.bool(), 0)
+    result, to_go = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        to_go = rewards[:, t] + gamma * to_go
+        result[:, t] = to_go
+    return result
+
+
+# =================================================================================================
+# Generalised advantage estimation
+# =================================================================================================
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """δ_t = r_t + γ V(s_{t+1}) − V(s_t) and A_t = δ_t + γλ A_{t+1}, backwards from the end.
+
+    V after the last action is 0: nothing more is earned. λ = 1 gives rewards-to-go minus V
+    (no bias, most variance), λ = 0 the TD error δ_t (least variance, trusts V). Worked by hand,
+    γ = 1, λ = 1/2, r = (0, 0, 1), V = (0.2, 0.4, 0.8):
+        δ = (0 + 0.4 − 0.2, 0 + 0.8 − 0.4, 1 − 0.8) = (0.2, 0.4, 0.2)
+        A = (0.2 + 0.25, 0.4 + 0.1, 0.2) = (0.45, 0.5, 0.2)
+
+    rewards, values, mask: (B, T)    returns: (B, T), 0 after the end; A + V is the value target
+    Source: GAE 1506.02438, eq. 16; PPO 1707.06347, eq. 11 and 12.
+    """
+    mask = mask.bool()
+    rewards, values = rewards.where(mask, 0), values.where(mask, 0)
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])          # (B,)
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = delta + gamma * lam * next_advantage
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages
+
+
+def masked_mean(x, mask):
+    """Σ mask · x / Σ mask: the mean over valid entries. x, mask: (B, T)    returns: ()"""
+    mask = mask.bool()
+    return x.where(mask, 0).sum() / mask.sum().clamp_min(1)
+
+
+def whiten(x, mask):
+    """(x − mean) / std over valid entries, 0 elsewhere. x, mask: (B, T)    returns: (B, T)
+
+    Advantages then have one scale whatever the reward's. Needs `masked_mean`.
+    """
+    centred = (x - masked_mean(x, mask)).where(mask.bool(), 0)
+    return centred * torch.rsqrt(masked_mean(centred**2, mask) + 1e-8)
+
+
+# =================================================================================================
+# Importance sampling, and PPO's loss
+# =================================================================================================
+
+
+def ppo_policy_loss(log_probs, old_log_probs, advantages, mask, clip=0.2):
+    """−E min(ρ_t A_t, clip(ρ_t, 1−ε, 1+ε) A_t) with ρ_t = π(a_t|s_t) / π_old(a_t|s_t).
+
+    The samples are π_old's, hence the ratio; it is exp(log π − log π_old), not a ratio of logs.
+    The minimum makes it a lower bound of the unclipped surrogate: no gain from moving ρ further
+    than ε in the good direction, full cost in the bad one. The ratio of one token is a first-order
+    surrogate: exact importance weights would be products of ratios along the trajectory.
+
+    log_probs, old_log_probs, advantages, mask: (B, T)    returns: () mean over valid tokens
+    Source: PPO 1707.06347, eq. 7. Needs `masked_mean`.
+    """
+    mask = mask.bool()
+    ratio = (log_probs - old_log_probs).where(mask, 0).exp()               # (B, T)
+    advantages = advantages.where(mask, 0)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -masked_mean(torch.min(ratio * advantages, clipped * advantages), mask)
+
+
+def value_loss(values, old_values, returns, mask, clip=0.2):
+    """½ E max((V − R)², (clip(V, V_old − ε, V_old + ε) − R)²), pessimistic like the policy's.
+
+    values, old_values, returns, mask: (B, T)    returns: () mean over valid tokens
+    R is the unwhitened advantage plus V_old. Source: PPO's reference code (baselines, ppo2), kept
+    by Stiennon et al. 2009.01325; PPO 1707.06347, eq. 9 has the unclipped square. Needs
+    `masked_mean`.
+    """
+    mask = mask.bool()
+    values, old_values, returns = (x.where(mask, 0) for x in (values, old_values, returns))
+    clipped = torch.clamp(values, old_values - clip, old_values + clip)
+    return 0.5 * masked_mean(torch.max((values - returns)**2, (clipped - returns)**2), mask)
+
+
+def entropy(logits, mask):
+    """E H[π(·|s_t)] = −E Σ_a π(a|s_t) log π(a|s_t), in nats.
+
+    logits: (B, T, V), mask: (B, T)    returns: () mean over valid steps; log V if uniform
+    Source: PPO 1707.06347, eq. 9. Needs `masked_mean`.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_p = F.log_softmax(logits.where(mask.bool()[..., None], 0), dim=-1)
+    return masked_mean(-(log_p.exp() * log_p).sum(-1), mask)
+
+
+# =================================================================================================
+# Reward hacking and the KL penalty
+# =================================================================================================
+
+
+def kl_estimates(log_probs, ref_log_probs, mask):
+    """Two estimates of KL(π‖π_ref) for each sequence, from samples of π, in nats.
+
+    With Δ_t = log π_ref(a_t|s_t) − log π(a_t|s_t):  k1 = Σ −Δ_t,  k3 = Σ (exp(Δ_t) − 1 − Δ_t).
+    Both are unbiased; k3 is never negative and varies less near π = π_ref. (With Δ reversed,
+    k3 estimates something else, many times too high.)
+
+    log_probs, ref_log_probs, mask: (B, T)    returns: (k1 (B,), k3 (B,))
+    Source: Schulman 2020, "Approximating KL divergence".
+    """
+    delta = (ref_log_probs - log_probs).where(mask.bool(), 0)
+    return -delta.sum(1), (delta.expm1() - delta).sum(1)
+
+
+def adapt_kl_coef(kl_coef, kl, kl_target, n):
+    """β ← β (1 + K e), e = clip(KL / target − 1, ±0.2): holds the KL near a target.
+
+    K is n / 10,000 for n trajectories a batch. Source: Ziegler et al. 1909.08593, section 2.2.
+    """
+    error = min(max(kl / kl_target - 1, -0.2), 0.2)
+    return kl_coef * (1 + n / 10_000 * error)
+
+
+# =================================================================================================
+# The loops: language model, reward model, PPO
+# =================================================================================================
+
+
+def autocast(module):
+    """bf16 where it helps: big models on CUDA. Log-softmax and losses stay in float32."""
+    weight = next(module.parameters())
+    big = sum(p.numel() for p in module.parameters()) > 50e6  # tiny ones wait for launches anyway
+    return torch.autocast(weight.device.type, torch.bfloat16, weight.is_cuda and big)
+
+
+def pad(rows, device):
+    """Lists of ids -> right-padded tokens (B, S) and mask (B, S)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]             # (B, S)
+    tokens = torch.zeros(mask.shape, dtype=torch.long)
+    tokens[mask] = torch.tensor([token for row in rows for token in row])
+    return tokens.to(device), mask.to(device)
+
+
+def batches_of_similar_length(lengths, batch_size, generator):
+    """Indices of one epoch in random batches whose rows are about as long: little is padding."""
+    order = torch.randperm(len(lengths), generator=generator)
+    order = order[torch.tensor(lengths)[order].sort(stable=True).indices]
+    batches = order.split(batch_size)
+    return [batches[i].tolist() for i in torch.randperm(len(batches), generator=generator)]
+
+
+def make_optimizer(model, lr):
+    """Adam with ε = 1e-5, as PPO's reference code has it: it bounds the step of rare gradients."""
+    return torch.optim.Adam(model.parameters(), lr=lr, eps=1e-5, fused=True)
+
+
+def optimizer_step(loss, model, optimizer, max_grad_norm, where):
+    """Backward, clip, step. A loss or gradient that is not finite stops the run by name, before
+    the optimizer sees it (FloatingPointError). Returns the gradient's norm before clipping."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    if not (math.isfinite(norm) and math.isfinite(loss.detach())):
+        optimizer.zero_grad(set_to_none=True)
+        raise FloatingPointError(f"{where}: loss {loss.item()}, gradient norm {float(norm)}")
+    optimizer.step()
+    return float(norm)
+
+
+def set_learning_rate(optimizer, peak, step, steps, warmup=0):
+    """Linear from 0 to the peak in `warmup` steps, then linear to 0 at `steps`."""
+    lr = peak * min((step + 1) / (warmup + 1), (steps - step) / max(steps - warmup, 1), 1)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def train_language_model(model, documents, config, state=None, on_step=None):
+    """Stage 1: minimise −E log π(x_{i+1} | x_1 … x_i) over the corpus.
+
+    model: GPT    documents: lists of ids, each with an end token before and after
+    on_step(metrics, state) is called after each step; a run given that state goes on from there.
+    """
+    device, state = model.wte.weight.device, state or {"step": 0}
+    optimizer = make_optimizer(model, config.lm_lr)
+    if "optimizer" in state:
+        optimizer.load_state_dict(state["optimizer"])
+    per_epoch = math.ceil(len(documents) / config.lm_batch_size)
+    steps, lengths = config.lm_epochs * per_epoch, [len(d) for d in documents]
+    for step in range(state["step"], steps):
+        epoch, i = divmod(step, per_epoch)
+        if i == 0 or step == state["step"]:
+            batches = batches_of_similar_length(
+                lengths, config.lm_batch_size, seeded(config.seed, "language_model", epoch))
+        set_learning_rate(optimizer, config.lm_lr, step, steps, warmup=min(50, steps // 10))
+        tokens, mask = pad([documents[j] for j in batches[i]], device)     # (B, S)
+        with autocast(model):
+            logits = model(tokens[:, :-1])                                 # (B, S-1, V)
+        loss = -masked_mean(gather_log_probs(logits, tokens[:, 1:]), mask[:, 1:])
+        norm = optimizer_step(loss, model, optimizer, config.max_grad_norm,
+                              f"language_model step {step + 1}")
+        if on_step:
+            on_step({"loss": loss.item(), "grad_norm": norm, "steps": steps},
+                    {"step": step + 1, "optimizer": optimizer.state_dict()})
+
+
+@torch.no_grad()
+def language_model_loss(model, documents, batch_size=64):
+    """Mean −log π of a token of the documents, in nats."""
+    total, count = 0.0, 0
+    for i in range(0, len(documents), batch_size):
+        tokens, mask = pad(documents[i:i + batch_size], model.wte.weight.device)
+        log_probs = gather_log_probs(model(tokens[:, :-1]), tokens[:, 1:])
+        total -= float(log_probs.where(mask[:, 1:], 0).sum())
+        count += int(mask[:, 1:].sum())
+    return total / count
+
+
+def score_pairs(reward_model, pairs):
+    """(chosen (B,), rejected (B,)): r(x, y) read at the end token of each side, in one pass."""
+    rows = [prompt + y for prompt, y, _ in pairs] + [prompt + y for prompt, _, y in pairs]
+    tokens, mask = pad(rows, reward_model.gpt.wte.weight.device)           # (2B, S)
+    with autocast(reward_model):
+        scores = reward_model(tokens, mask.sum(1))
+    return scores.to(reward_model.gpt.wte.weight.dtype).chunk(2)
+
+
+def train_reward_model(reward_model, pairs, reference, prompts, config, state=None, on_step=None):
+    """Stage 2: minimise −E log σ(r(x, y_w) − r(x, y_l)); then normalise the scores.
+
+    pairs: (prompt, chosen, rejected) lists of ids    reference: the language model, whose own
+    samples of responses to `prompts` get mean 0 and std 1 (Ziegler et al. 1909.08593)
+    on_step and state: as in train_language_model
+    """
+    state = state or {"step": 0}
+    optimizer = make_optimizer(reward_model, config.rm_lr)
+    if "optimizer" in state:
+        optimizer.load_state_dict(state["optimizer"])
+    per_epoch = math.ceil(len(pairs) / config.rm_batch_size)
+    steps, lengths = config.rm_epochs * per_epoch, [len(p) + max(len(w), len(l)) for p, w, l in pairs]
+    for step in range(state["step"], steps):
+        epoch, i = divmod(step, per_epoch)
+        if i == 0 or step == state["step"]:
+            batches = batches_of_similar_length(
+                lengths, config.rm_batch_size, seeded(config.seed, "reward_model", epoch))
+        set_learning_rate(optimizer, config.rm_lr, step, steps, warmup=min(20, steps // 10))
+        chosen, rejected = score_pairs(reward_model, [pairs[j] for j in batches[i]])
+        loss = reward_model_loss(chosen, rejected)
+        norm = optimizer_step(loss, reward_model, optimizer, config.max_grad_norm,
+                              f"reward_model step {step + 1}")
+        if on_step:
+            accuracy = float((chosen > rejected).float().mean())
+            on_step({"loss": loss.item(), "accuracy": accuracy, "grad_norm": norm, "steps": steps},
+                    {"step": step + 1, "optimizer": optimizer.state_dict()})
+    generator = seeded(config.seed, "normalize", 0)
+    samples = [rollout(reference, batch, config.max_new_tokens, reference.config.eos_token,
+                       config.temperature, generator)
+               for batch in batches_of_prompts(prompts, 512, config.ppo_batch_size, generator)]
+    reward_model.normalize(torch.cat([reward_scores(reward_model, s) for s in samples]))
+
+
+@torch.no_grad()
+def reward_model_accuracy(reward_model, pairs, batch_size=64):
+    """Share of pairs whose chosen side scores higher."""
+    right = 0.0
+    for i in range(0, len(pairs), batch_size):
+        chosen, rejected = score_pairs(reward_model, pairs[i:i + batch_size])
+        right += float((chosen > rejected).sum() + 0.5 * (chosen == rejected).sum())
+    return right / len(pairs)
+
+
+@torch.no_grad()
+def reward_scores(reward_model, rollout):
+    """r(x, y) (B,) of sampled responses. One that was cut is read at an end token put behind it:
+    the reward model has only ever been read at end tokens."""
+    eos = reward_model.gpt.config.eos_token
+    lengths = rollout.prompt_lengths + rollout.mask.sum(1)                 # (B,)
+    tokens = F.pad(rollout.tokens, (0, 1))                                 # (B, P+T+1)
+    ended = ends(rollout, eos)
+    tokens.scatter_(1, lengths[:, None], eos)
+    with autocast(reward_model):
+        return reward_model(tokens, lengths + ~ended).to(reward_model.gpt.wte.weight.dtype)
+
+
+def ends(rollout, eos_token):
+    """(B,) whether the response ends by itself: its last valid action is the end token."""
+    return ((rollout.actions == eos_token) & rollout.mask.bool()).any(1)
+
+
+def batches_of_prompts(prompts, total, batch_size, generator):
+    """`total` prompts in random order, in batches; each is used once before one is used twice."""
+    order = torch.cat([torch.randperm(len(prompts), generator=generator)
+                       for _ in range(math.ceil(total / len(prompts)))])[:total]
+    return [[prompts[i] for i in batch] for batch in order.split(batch_size)]
+
+
+@dataclass
+class Experience(Rollout):
+    """A batch of trajectories with all that PPO needs. log_probs are π_old's, by a full pass."""
+    ref_log_probs: torch.Tensor  # (B, T) log π_ref(a_t|s_t)
+    values: torch.Tensor         # (B, T) V_old(s_t)
+    scores: torch.Tensor         # (B,) of the whole responses
+    rewards: torch.Tensor        # (B, T) r_t
+    advantages: torch.Tensor     # (B, T) A_t, not whitened
+    returns: torch.Tensor        # (B, T) A_t + V_old(s_t), the value's target
+    rollout_seconds: float       # time that sampling took
+
+    def take(self, rows):
+        """The trajectories `rows`, trimmed to the longest of them."""
+        part = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        part = {k: v[rows] if torch.is_tensor(v) else v for k, v in part.items()}
+        T = int(part["mask"].sum(1).max())
+        part = {k: v[:, :T] if torch.is_tensor(v) and v.dim() == 2 and k != "tokens" else v
+                for k, v in part.items()}
+        used = int((part["prompt_lengths"] + part["mask"].sum(1)).max())
+        return Experience(**part | {"tokens": part["tokens"][:, :used]})
+
+
+def forward_responses(model, batch, temperature):
+    """Logits (B, T, V) and values (B, T) at the response's positions; a GPT has values None."""
+    positions = response_positions(batch.prompt_lengths, batch.tokens, batch.actions.shape[1])
+    with autocast(model):
+        out = model(batch.tokens, positions)
+    logits, values = out if isinstance(out, tuple) else (out, None)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.to(wide) / temperature, values if values is None else values.to(wide)
+
+
+@torch.no_grad()
+def collect(policy, reference, reward_fn, prompts, config, generator=None):
+    """One batch of experience from π_θ, which from now on is π_old.
+
+    policy: ActorCritic    reference: GPT (or ActorCritic), frozen    prompts: B lists of ids
+    reward_fn(Rollout) -> scores (B,): a reward model or any callable    returns: Experience
+    """
+    start, eos = time.perf_counter(), policy.gpt.config.eos_token
+    sampled = rollout(policy, prompts, config.max_new_tokens, eos, config.temperature, generator)
+    seconds = time.perf_counter() - start
+    scores = reward_fn(sampled).to(sampled.log_probs)                      # (B,)
+    if config.missing_eos_score is not None:  # Stiennon et al. 2009.01325: cut rows score low
+        scores = scores.where(ends(sampled, eos), config.missing_eos_score)
+
+    log_probs, ref_log_probs, values = [], [], []
+    for rows in torch.arange(len(prompts)).split(config.minibatch_size):  # (B, T, V) never at once
+        batch = Rollout(*(getattr(sampled, f.name)[rows] for f in dataclasses.fields(Rollout)))
+        logits, v = forward_responses(policy, batch, config.temperature)
+        log_probs.append(gather_log_probs(logits, batch.actions))
+        values.append(v)
+        logits, _ = forward_responses(reference, batch, config.temperature)
+        ref_log_probs.append(gather_log_probs(logits, batch.actions))
+    mask = sampled.mask
+    log_probs, ref_log_probs, values = (
+        torch.cat(x).where(mask, 0) for x in (log_probs, ref_log_probs, values))   # (B, T)
+
+    rewards = kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, config.kl_coef)
+    advantages = gae(rewards, values, mask, config.gamma, config.lam)
+    return Experience(sampled.tokens, sampled.prompt_lengths, sampled.actions, mask, log_probs,
+                      ref_log_probs, values, scores, rewards, advantages, advantages + values,
+                      seconds)
+
+
+def ppo_update(policy, optimizer, experience, config, generator=None, where="ppo"):
+    """K epochs of minibatches on one batch of experience; returns metrics of the update.
+
+    Minimises L = −L_clip + c1 L_VF − c2 H (PPO 1707.06347, eq. 9 with its sign turned).
+    Advantages are whitened over the whole batch; the returns are not touched by that.
+    """
+    whitened = whiten(experience.advantages, experience.mask)
+    experience = dataclasses.replace(experience, advantages=whitened)
+    metrics, stop = {}, False
+    for _ in range(config.ppo_epochs):
+        order = torch.randperm(len(whitened), generator=generator)
+        for rows in order.split(config.minibatch_size):
+            batch = experience.take(rows.to(whitened.device))
+            logits, values = forward_responses(policy, batch, config.temperature)
+            log_probs = gather_log_probs(logits, batch.actions)
+            loss_policy = ppo_policy_loss(log_probs, batch.log_probs, batch.advantages, batch.mask,
+                                          config.clip)
+            loss_value = value_loss(values, batch.values, batch.returns, batch.mask,
+                                    config.value_clip)
+            bonus = entropy(logits if config.entropy_coef else logits.detach(), batch.mask)
+            loss = loss_policy + config.value_coef * loss_value - config.entropy_coef * bonus
+
+            log_ratio = (log_probs.detach() - batch.log_probs).where(batch.mask, 0)
+            approx_kl = float(masked_mean(log_ratio.expm1() - log_ratio, batch.mask))  # k3
+            stop = config.early_stop_kl is not None and approx_kl > config.early_stop_kl
+            if stop:  # before backward: no gradient is left behind
+                break
+            norm = optimizer_step(loss, policy, optimizer, config.max_grad_norm, where)
+            clipped = (log_ratio.exp() - 1).abs() > config.clip
+            for name, value in (
+                    ("policy_loss", loss_policy), ("value_loss", loss_value), ("entropy", bonus),
+                    ("approx_kl", approx_kl), ("grad_norm", norm),
+                    ("clip_fraction", masked_mean(clipped.float(), batch.mask))):
+                metrics.setdefault(name, []).append(float(torch.as_tensor(value).detach()))
+        if stop:
+            break
+    result = {name: sum(values) / len(values) for name, values in metrics.items()}
+    return result | {"updates": len(metrics.get("grad_norm", ())), "early_stop": stop}
+
+
+def train_ppo(policy, reference, reward_fn, prompts, config, state=None, on_step=None):
+    """Stage 3: maximise E[r(x, y)] − β KL(π‖π_ref) by PPO: collect, update, repeat.
+
+    policy: ActorCritic, trained in place    reference: its frozen start, a GPT
+    reward_fn(Rollout) -> scores (B,)    prompts: lists of ids    returns: metrics an iteration
+    on_step and state: as in train_language_model
+    """
+    state = state or {"step": 0, "kl_coef": config.kl_coef}
+    optimizer, kl_coef, history = make_optimizer(policy, config.ppo_lr), state["kl_coef"], []
+    if "optimizer" in state:
+        optimizer.load_state_dict(state["optimizer"])
+    for step in range(state["step"], config.ppo_iterations):
+        generator = seeded(config.seed, "ppo", step)
+        set_learning_rate(optimizer, config.ppo_lr, step, config.ppo_iterations)
+        now = dataclasses.replace(config, kl_coef=kl_coef)
+        batch, = batches_of_prompts(prompts, config.ppo_batch_size, config.ppo_batch_size,
+                                    generator)
+        experience = collect(policy, reference, reward_fn, batch, now, generator)
+        start = time.perf_counter()
+        update = ppo_update(policy, optimizer, experience, now, generator, f"ppo step {step + 1}")
+        update_seconds = time.perf_counter() - start
+
+        metrics = experience_metrics(experience, policy.gpt.config.eos_token) | update
+        tokens = int(experience.mask.sum())
+        metrics |= {"kl_coef": kl_coef, "steps": config.ppo_iterations,
+                    "rollout_tokens_per_s": tokens / experience.rollout_seconds,
+                    "update_tokens_per_s": config.ppo_epochs * tokens / update_seconds}
+        if config.kl_target is not None:
+            kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], config.kl_target, len(batch))
+        history.append(metrics)
+        if on_step:
+            on_step(metrics, {"step": step + 1, "optimizer": optimizer.state_dict(),
+                              "kl_coef": kl_coef})
+    return history
+
+
+def experience_metrics(e, eos_token):
+    """What to watch: reward, KL to the reference (k1, k3), length, end, explained variance."""
+    k1, k3 = kl_estimates(e.log_probs, e.ref_log_probs, e.mask)
+    returns, values = e.returns[e.mask], e.values[e.mask]
+    unexplained = (returns - values).var(correction=0) / returns.var(correction=0).clamp_min(1e-8)
+    return {"reward": float(e.scores.mean()), "kl": float(k1.mean()), "kl_k3": float(k3.mean()),
+            "explained_variance": 1 - float(unexplained),
+            "length": float(e.mask.sum(1).float().mean()),
+            "ended": float(ends(e, eos_token).float().mean())}
+
+
+# =================================================================================================
+# Evaluation
+# =================================================================================================
+
+
+def wilson(wins, n, z=1.96):
+    """Wilson's 95% interval (low, high) of a share wins / n."""
+    p, d = wins / n, 1 + z * z / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / d, (middle + half) / d
+
+
+@torch.no_grad()
+def evaluate(policy, reference, reward_fn, prompts, config, true_reward_fn=None):
+    """The trained policy against the reference on the same held-out prompts.
+
+    reward_fn, true_reward_fn: Rollout -> (B,); the true one judges where it is known.
+    returns: (record of figures, list of samples, one a prompt, with token lists and scores)
+    """
+    eos, samples = reference.config.eos_token, []
+    prompts = prompts[:config.eval_prompts]
+    for i in range(0, len(prompts), config.ppo_batch_size):
+        batch = prompts[i:i + config.ppo_batch_size]
+        rows = [{"prompt": prompt} for prompt in batch]
+        for side, model in (("lm", reference), ("ppo", policy)):
+            generator = seeded(config.seed, f"evaluation {side}", i)
+            r = rollout(model, batch, config.max_new_tokens, eos, config.temperature, generator)
+            columns = {"reward": reward_fn(r), "length": r.mask.sum(1), "ended": ends(r, eos)}
+            if true_reward_fn:
+                columns["true_reward"] = true_reward_fn(r)
+            if side == "ppo":
+                logits, _ = forward_responses(reference, r, config.temperature)
+                kl, _ = kl_estimates(r.log_probs, gather_log_probs(logits, r.actions), r.mask)
+                columns["kl"] = kl
+            for b, row in enumerate(rows):
+                row[side] = r.actions[b][r.mask[b]].tolist()
+                for name, values in columns.items():
+                    row[name if name == "kl" else f"{name}_{side}"] = float(values[b])
+        samples += rows
+
+    def column(name):
+        return torch.tensor([sample[name] for sample in samples], dtype=torch.float64)
+
+    judge = "true_reward" if true_reward_fn else "reward"
+    better = column(f"{judge}_ppo") - column(f"{judge}_lm")
+    wins, n = float((better > 0).sum() + 0.5 * (better == 0).sum()), len(samples)
+    names = [name for name in samples[0] if name not in ("prompt", "lm", "ppo")]
+    record = {name: float(column(name).mean()) for name in names}
+    record |= {"win_rate": wins / n} | dict(zip(("win_rate_low", "win_rate_high"), wilson(wins, n)))
+    record["distinct_ppo"] = len({tuple(sample["ppo"]) for sample in samples}) / n
+    if true_reward_fn:
+        both = torch.stack([column("reward_lm"), column("true_reward_lm")])
+        record |= {"true_reward_std_lm": float(both[1].std()),
+                   "reward_correlation_lm": float(torch.corrcoef(both)[0, 1])}
+    return record, samples
+
+
+# =================================================================================================
+# The command line: run, sample
+# =================================================================================================
+
+FILES = {"language_model": "lm.pt", "reward_model": "reward.pt", "ppo": "policy.pt"}
+FORMAT = 1  # of checkpoints
+SAVE_EVERY = 10  # seconds of work that a kill can cost
+
+
+def field_groups():
+    """{group: {field: comment}} as they stand in Config's source: help and checkpoints read it."""
+    groups = {}
+    for line in inspect.getsource(Config).splitlines():
+        if group := re.match(r" +# -- (.+)", line):
+            fields = groups.setdefault(group[1], {})
+        elif field := re.match(r" +(\w+): .*?# (.+)", line):
+            fields[field[1]] = field[2]
+    return groups
+
+
+def stage_settings(config, data, stage):
+    """All that the weights of a stage depend on: its own settings, earlier stages', the data."""
+    groups = ["general", "language model", "reward model", "rollout", "ppo"]
+    groups = groups[:{"language_model": 2, "reward_model": 4, "ppo": 5}[stage]]
+    names = [name for group in groups for name in field_groups()[group]]
+    settings = {name: getattr(config, name) for name in names
+                if name not in ("device", "out_dir", "data_dir")}
+    return settings | {"data": data.fingerprint, "format": FORMAT}
+
+
+def find_checkpoint(stage, config, data, fresh):
+    """The checkpoint of a stage, if there is one that was made with these settings and data."""
+    path = Path(config.out_dir) / FILES[stage]
+    if fresh or not path.exists():
+        return None
+    try:
+        checkpoint = load_checkpoint(path)
+        old, new = checkpoint["settings"], stage_settings(config, data, stage)
+    except (ValueError, KeyError, TypeError) as error:
+        print(f"{stage}: starts anew, {error}")
+        return None
+    changed = [f"{k} was {old.get(k)}, is {v}" for k, v in new.items() if old.get(k) != v]
+    if changed:
+        print(f"{stage}: starts anew, {'; '.join(changed)}")
+        return None
+    return checkpoint
+
+
+def run_stage(stage, model, train, config, data, fresh, log_lines, interrupted):
+    """Load a stage that is done, or train it from its last checkpoint on.
+
+    train(state=…, on_step=…)    returns: (seconds it took, lines of log.jsonl up to its end)
+    """
+    path, log = Path(config.out_dir) / FILES[stage], Path(config.out_dir) / "log.jsonl"
+    checkpoint = find_checkpoint(stage, config, data, fresh) or {
+        "state": None, "seconds": 0.0, "log_lines": log_lines, "done": False}
+    if "weights" in checkpoint:
+        model.load_state_dict(checkpoint["weights"])
+        done = "is loaded" if checkpoint["done"] else f"goes on at {checkpoint['state']['step']}"
+        print(f"{stage}: {done} ({path})")
+    if checkpoint["done"]:
+        return checkpoint["seconds"], checkpoint["log_lines"]
+    dataset.keep_records(log, checkpoint["log_lines"])
+    start, lines = time.perf_counter() - checkpoint["seconds"], checkpoint["log_lines"]
+    saved, began = time.perf_counter(), time.perf_counter()
+
+    def save(state, done):
+        gpt = getattr(model, "gpt", model)
+        save_checkpoint(path, {
+            "stage": stage, "settings": stage_settings(config, data, stage), "state": state,
+            "model": dataclasses.asdict(gpt.config), "config": dataclasses.asdict(config),
+            "weights": model.state_dict(), "done": done, "log_lines": lines,
+            "seconds": time.perf_counter() - start})
+
+    def on_step(metrics, state):
+        nonlocal lines, saved, began
+        step, steps, last = state["step"], metrics.pop("steps"), state
+        seconds = time.perf_counter() - start
+        if stage == "ppo" or step % 10 == 0 or step == steps:
+            dataset.append_record(log, {"stage": stage, "step": step, "seconds": seconds, **metrics})
+            lines += 1
+        show_progress(stage, step, steps, seconds, metrics)
+        if interrupted() or time.perf_counter() - saved > max(SAVE_EVERY, 20 * (saved - began)):
+            began = time.perf_counter()
+            save(state, False)
+            saved = time.perf_counter()
+        if interrupted():
+            raise KeyboardInterrupt
+        final.update(last)
+
+    final = {}
+    train(state=checkpoint["state"], on_step=on_step)
+    save(final or checkpoint["state"], True)
+    return time.perf_counter() - start, lines
+
+
+def show_progress(stage, step, steps, seconds, metrics):
+    """One line that refreshes on a terminal; plain lines, a tenth of the way each, in a file."""
+    terminal = sys.stdout.isatty()
+    every = 1 if stage == "ppo" else max(1, steps // 10)
+    if not terminal and step % every and step != steps:
+        return
+    left = seconds / step * (steps - step)
+    names = ("loss accuracy reward true_reward kl entropy length ended rollout_tokens_per_s "
+             "update_tokens_per_s").split()
+    short = {"rollout_tokens_per_s": "rollout tok/s", "update_tokens_per_s": "update tok/s"}
+    shown = "  ".join(f"{short.get(n, n)} {metrics[n]:{',.0f' if '_per_s' in n else '.2f'}}"
+                      for n in names if n in metrics)
+    line = f"{stage} {step}/{steps}  {shown}  {step / seconds:.1f}/s  {left:.0f} s left"
+    if terminal:
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r\033[K{line[:width]}", end="\n" if step == steps else "", flush=True)
+    else:
+        print(line, flush=True)
+
+
+def pick_device(name):
+    """torch.device of a name; auto takes CUDA, then Apple's MPS, then the CPU."""
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device is {name!r}: {str(error).splitlines()[0]}") from None
+
+
+def true_reward_fn(data):
+    """Rollout -> true rewards (B,), for the shipped data only; None for a reader's own."""
+    if not data.shipped:
+        return None
+    from data import annotator
+
+    def true_rewards(rollout):
+        responses = [a[m].tolist() for a, m in zip(rollout.actions, rollout.mask)]
+        prompts = [t[:n].tolist() for t, n in zip(rollout.tokens, rollout.prompt_lengths)]
+        return torch.tensor([annotator.true_reward(data.text(x), data.text(y))
+                             for x, y in zip(prompts, responses)])
+    return true_rewards
+
+
+def run(config, fresh=False, interrupted=lambda: False):
+    """All stages: language model, reward model, PPO, evaluation. Returns the evaluation record."""
+    data = dataset.load(config.data_dir, config.block_size, config.max_new_tokens)
+    device, out = pick_device(config.device), Path(config.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    describe(data, device)
+
+    gpt_config = GPTConfig(data.eos_token + 1, config.block_size, config.n_layer, config.n_head,
+                           config.n_embd, data.eos_token)
+    lm = GPT(gpt_config, seeded(config.seed, "language_model init", 0)).to(device)
+    seconds, lines = {}, 0
+
+    def stage(name, model, train):
+        nonlocal lines
+        seconds[name], lines = run_stage(name, model, train, config, data, fresh, lines,
+                                         interrupted)
+
+    stage("language_model", lm, lambda **resume: train_language_model(
+        lm, data.train.documents, config, **resume))
+    lm.requires_grad_(False)
+
+    reward_model = RewardModel(lm, seeded(config.seed, "reward_model init", 0)).requires_grad_()
+    stage("reward_model", reward_model, lambda **resume: train_reward_model(
+        reward_model, data.train.pairs, lm, data.train.prompts, config, **resume))
+    reward_model.requires_grad_(False)
+
+    policy, true_reward = ActorCritic(lm).requires_grad_(), true_reward_fn(data)
+    watched = {}
+
+    def reward_fn(rollout):
+        if true_reward:  # for the log alone: training never sees it
+            watched["true_reward"] = float(true_reward(rollout).mean())
+        return reward_scores(reward_model, rollout)
+
+    def ppo(state, on_step):
+        train_ppo(policy, lm, reward_fn, data.train.prompts, config, state,
+                  lambda metrics, state: on_step(metrics | watched, state))
+
+    stage("ppo", policy, ppo)
+
+    start = time.perf_counter()
+    dataset.keep_records(out / "log.jsonl", lines)
+    record, samples = evaluate(policy, lm, reward_fn, data.held_out.prompts, config, true_reward)
+    record["language_model_loss"] = language_model_loss(lm, data.held_out.documents)
+    record["reward_model_accuracy"] = reward_model_accuracy(reward_model, data.held_out.pairs)
+    if true_reward:
+        record["reward_model_ceiling"] = ceiling(data)
+    seconds["evaluation"] = time.perf_counter() - start
+    record |= {f"seconds_{name}": s for name, s in seconds.items()}
+    record["seconds"] = sum(seconds.values())
+    dataset.append_record(out / "log.jsonl", {"stage": "evaluation", "step": 1, **record})
+    texts = [sample | {k: data.text(sample[k]) for k in ("prompt", "lm", "ppo")}
+             for sample in samples]
+    dataset.write_records(out / "samples.jsonl", texts)
+    summarize(record, texts, out)
+    return record
+
+
+def ceiling(data):
+    """What the true reward itself reads on the held-out pairs, whose labels are noisy."""
+    from data import annotator
+    right = 0.0
+    for pair in data.held_out.pairs:
+        prompt, chosen, rejected = (data.text(tokens) for tokens in pair)
+        margin = annotator.true_reward(prompt, chosen) - annotator.true_reward(prompt, rejected)
+        right += (margin > 0) + 0.5 * (margin == 0)
+    return right / len(data.held_out.pairs)
+
+
+def describe(data, device):
+    """Print what will be trained on, and what was left out."""
+    a, b = data.train, data.held_out
+    print(f"data: {len(a.documents):,} documents, {len(a.pairs):,} pairs, {len(a.prompts):,} "
+          f"prompts; held out {len(b.documents):,}, {len(b.pairs):,}, {len(b.prompts):,}; "
+          f"vocabulary {data.eos_token + 1:,}; device {device}")
+    for reason, rows in sorted(data.skipped.items()):
+        print(f"skipped: {rows:,} rows of {reason}")
+    for note in data.notes:
+        print(f"note: {note}")
+
+
+def summarize(record, samples, out):
+    """Print samples before and after on the same prompts, and the evaluation record."""
+    judge = "true_reward" if "true_reward_lm" in record else "reward"
+    width = min(shutil.get_terminal_size().columns, 100)
+    print("\nHeld-out prompts, continued by the language model and by the PPO policy\n")
+    for sample in samples[:5]:
+        for side, name in (("lm", "before"), ("ppo", "after")):
+            text = sample["prompt"] + "|" + sample[side]
+            text = f"{name:>6} {sample[f'{judge}_{side}']:+6.2f}  {' '.join(text.split())}"
+            print(textwrap.fill(text, width, subsequent_indent=" " * 15))
+        print()
+    print(f"{'':34}{'language model':>16}{'PPO':>12}")
+    for name in ("reward", "true_reward", "ended", "length"):
+        if f"{name}_lm" in record:
+            print(f"{name:34}{record[f'{name}_lm']:16.3f}{record[f'{name}_ppo']:12.3f}")
+    for name, value in record.items():
+        if not name.endswith(("_lm", "_ppo")) or name in ("true_reward_std_lm", "distinct_ppo",
+                                                          "reward_correlation_lm"):
+            print(f"{name:34}{value:28.3f}")
+    from data import curves
+    print(f"\nwritten to {out}/: log.jsonl, samples.jsonl, {', '.join(FILES.values())}"
+          f"{curves.draw(out)}")
+
+
+def sample(config, prompt, n=3):
+    """Continuations of a prompt by the language model and the PPO policy, side by side."""
+    out, models = Path(config.out_dir), {}
+    for stage, name in FILES.items():
+        if not (out / name).exists():
+            raise ValueError(f"{out / name}: no such file; run python rlhf.py first")
+        checkpoint = load_checkpoint(out / name)
+        gpt = GPT(GPTConfig(**checkpoint["model"]))
+        model = {"language_model": lambda g: g, "reward_model": RewardModel,
+                 "ppo": ActorCritic}[stage](gpt)
+        model.load_state_dict(checkpoint["weights"])
+        models[stage] = model.to(pick_device(config.device))
+    lm, reward_model, policy = models.values()
+    config = Config(**checkpoint["config"] | {"seed": config.seed})
+    encoding = dataset.tokenizer_of(config.data_dir)
+    eos, tokens = lm.config.eos_token, encoding.encode_ordinary(prompt)
+    columns = []
+    for model, name in ((lm, "language model"), (policy, "PPO policy")):
+        r = rollout(model, [[eos, *tokens]] * n, config.max_new_tokens, eos, config.temperature,
+                    seeded(config.seed, "sample", 0))
+        logits, _ = forward_responses(lm, r, config.temperature)
+        kl, _ = kl_estimates(r.log_probs, gather_log_probs(logits, r.actions), r.mask)
+        scores = reward_scores(reward_model, r)
+        texts = [encoding.decode([t for t in a[m].tolist() if t != eos], errors="replace")
+                 for a, m in zip(r.actions, r.mask)]
+        columns.append([name, *(f"[score {s:+.2f}, KL {k:.1f}]{text}" for s, k, text in
+                                zip(scores.tolist(), kl.tolist(), texts))])
+    width = (shutil.get_terminal_size().columns - 3) // 2
+    print(prompt)
+    for left, right in zip(*columns):
+        sides = [textwrap.wrap(" ".join(text.split()), width) for text in (left, right)]
+        for a, b in itertools.zip_longest(*sides, fillvalue=""):
+            print(f"{a:{width}} | {b}")
+        print()
+
+
+def parse(argv):
+    """Command, its words, Config and --fresh from the command line; exits 2 in one line if wrong."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"rlhf.py: {message}; see --help\n")
+
+    def value(text):
+        return None if text.lower() == "none" else float(text)
+
+    parser = Parser(prog="rlhf.py", allow_abbrev=False,
+                    description="RLHF: language model, reward model, PPO, evaluation.")
+    parser.add_argument("command", nargs="?", default="run", choices=("run", "sample"),
+                        help="run: all stages; sample PROMPT: continuations before and after")
+    parser.add_argument("prompt", nargs="?", help="for sample")
+    parser.add_argument("--fresh", action="store_true", help="load no checkpoint, start over")
+    types = {field.name: field.type for field in dataclasses.fields(Config)}
+    for group, fields in field_groups().items():
+        section = parser.add_argument_group(group)
+        for name, comment in fields.items():
+            flags = [f"--{name}"] + ["--data"] * (name == "data_dir")
+            kind = types[name] if types[name] in (int, float, str) else value
+            section.add_argument(*flags, dest=name, type=kind, metavar="X",
+                                 default=getattr(Config, name),
+                                 help=f"{comment.replace('%', '%%')} (%(default)s)")
+    words = vars(parser.parse_args(argv))
+    command, prompt, fresh = (words.pop(name) for name in ("command", "prompt", "fresh"))
+    if (command == "sample") != (prompt is not None):
+        parser.error("sample needs a prompt" if prompt is None else f"what is {prompt!r}?")
+    try:
+        return command, prompt, Config(**words), fresh
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main(argv=None):
+    """Entry of the command line. What a user can get wrong is one line and exit status 2."""
+    command, prompt, config, fresh = parse(argv)
+    pressed = []
+    signal.signal(signal.SIGINT, lambda *_: pressed.append(1) if not pressed else sys.exit(130))
+    try:
+        if command == "sample":
+            sample(config, prompt)
+        else:
+            run(config, fresh, lambda: bool(pressed))
+    except KeyboardInterrupt:
+        sys.exit("\nstopped and saved; the same command goes on from here")
+    except (dataset.DataError, OSError, FloatingPointError) as error:
+        print(f"rlhf.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
