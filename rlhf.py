@@ -50,16 +50,16 @@ class Config:
     max_grad_norm: float = 1.0         # longer gradients are scaled down to this, in every stage
     # -- language model
     block_size: int = 256              # context: most tokens of prompt and response together
-    n_layer: int = 4                   # transformer blocks
+    n_layer: int = 2                   # transformer blocks
     n_head: int = 4                    # attention heads
     n_embd: int = 128                  # width
-    lm_epochs: int = 3                 # passes over the corpus
-    lm_batch_size: int = 32            # documents a step
-    lm_lr: float = 3e-3                # peak learning rate
+    lm_epochs: int = 2                 # passes over the corpus
+    lm_batch_size: int = 8             # documents a step
+    lm_lr: float = 4e-3                # peak learning rate
     # -- reward model
-    rm_epochs: int = 2                 # passes over the pairs
-    rm_batch_size: int = 32            # pairs a step
-    rm_lr: float = 5e-4                # peak learning rate
+    rm_epochs: int = 1                 # passes over the pairs
+    rm_batch_size: int = 16            # pairs a step
+    rm_lr: float = 1e-3                # peak learning rate
     # -- rollout
     max_new_tokens: int = 64           # T_max: a response that is longer is cut
     temperature: float = 1.0           # of sampling, and of every log-prob in PPO
@@ -453,9 +453,9 @@ def batches_of_similar_length(lengths, batch_size, generator):
     return [batches[i].tolist() for i in torch.randperm(len(batches), generator=generator)]
 
 
-def make_optimizer(model, lr):
-    """Adam with ε = 1e-5, as PPO's reference code has it: it bounds the step of rare gradients."""
-    return torch.optim.Adam(model.parameters(), lr=lr, eps=1e-5, fused=True)
+def make_optimizer(model, lr, betas=(0.9, 0.99), eps=1e-8):
+    """Adam, fused: one kernel for all weights."""
+    return torch.optim.Adam(model.parameters(), lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def optimizer_step(loss, model, optimizer, max_grad_norm, where):
@@ -710,7 +710,9 @@ def train_ppo(policy, reference, reward_fn, prompts, config, state=None, on_step
     on_step and state: as in train_language_model
     """
     state = state or {"step": 0, "kl_coef": config.kl_coef}
-    optimizer, kl_coef, history = make_optimizer(policy, config.ppo_lr), state["kl_coef"], []
+    # ε = 1e-5 as in PPO's reference code (baselines): it bounds the step where gradients are tiny
+    optimizer = make_optimizer(policy, config.ppo_lr, betas=(0.9, 0.999), eps=1e-5)
+    kl_coef, history = state["kl_coef"], []
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
     for step in range(state["step"], config.ppo_iterations):

@@ -21,55 +21,40 @@ import re
 
 # Praise and blame, by what they are said of. The generator of the corpus draws from the same lists.
 PRAISE = {
-    "story": "clever layered elegant gripping inventive absorbing involving ingenious rewarding "
-             "thoughtful surprising satisfying persuasive compelling",
-    "acting": "superb moving tender subtle nuanced winning magnetic fearless graceful truthful "
-              "terrific heartfelt convincing commanding",
-    "look": "lush crisp vivid radiant elegant gorgeous luminous handsome striking stunning "
-            "beautiful exquisite ravishing",
-    "sound": "lovely rousing melodic soaring sublime haunting stirring hypnotic delicate "
-             "memorable beautiful bewitching",
-    "pace": "taut deft brisk fluid nimble lively assured graceful confident propulsive",
-    "wit": "sly warm funny witty droll cheeky clever playful charming hilarious infectious",
-    "action": "daring exciting dazzling electric thrilling inventive ferocious breathless "
-              "spectacular exhilarating",
-    "scene": "moving magical touching poignant masterful thrilling suspenseful astonishing "
-             "breathtaking unforgettable heartbreaking",
-    "film": "humane superb charming splendid generous wonderful excellent brilliant marvelous "
-            "memorable delightful enchanting fascinating",
-    "noun": "wit joy gem grace charm treat verve magic warmth beauty delight triumph sparkle "
-            "pleasure treasure conviction tenderness intelligence",
-    "verb": "shine shines shone soar soars soared glow glows charm charms charmed delight "
-            "delights delighted dazzle dazzles dazzled captivate captivates captivated linger "
-            "lingers reward rewards excel excels impress impresses impressed enchant enchants "
-            "thrill thrills thrilled love loved loves admire admired adore adored moved "
-            "recommend worth enjoyed applauded treasured",
-    "adverb": "deftly vividly superbly tenderly cleverly elegantly gracefully beautifully "
-              "brilliantly wonderfully",
+    "story": "clever gripping rewarding absorbing compelling satisfying",
+    "acting": "superb moving tender convincing graceful subtle",
+    "look": "gorgeous vivid luminous beautiful striking",
+    "sound": "lovely haunting stirring beautiful soaring",
+    "pace": "brisk assured taut confident graceful",
+    "wit": "funny clever witty warm charming",
+    "action": "thrilling exciting dazzling daring",
+    "scene": "moving thrilling magical touching unforgettable",
+    "film": "wonderful superb charming brilliant delightful memorable",
+    "noun": "joy gem wit grace charm treat magic warmth beauty delight triumph pleasure "
+            "conviction tenderness intelligence",
+    "verb": "shine shines shone soar soars soared charm charms charmed delight delights "
+            "delighted dazzle dazzles dazzled captivate captivates captivated reward rewards "
+            "impress impresses impressed thrill thrills thrilled love loved loves admire "
+            "admired adored moved recommend worth applauded",
+    "adverb": "beautifully brilliantly wonderfully vividly cleverly",
 }
 BLAME = {
-    "story": "thin limp lazy tired flimsy hollow muddled confused contrived formulaic pointless "
-             "incoherent predictable implausible",
-    "acting": "flat stiff bland hammy wooden shrill awkward mannered lifeless listless "
-              "charmless unconvincing",
-    "look": "drab ugly murky muddy cheap dingy garish shabby blurry lifeless",
-    "sound": "tinny syrupy grating droning generic cloying bombastic intrusive deafening "
-             "forgettable",
-    "pace": "jerky choppy tedious erratic glacial sluggish plodding ponderous shapeless",
-    "wit": "smug stale corny leaden unfunny labored strained juvenile tiresome",
-    "action": "messy clumsy feeble chaotic numbing routine weightless repetitive",
-    "scene": "rushed clumsy botched mawkish baffling laughable tasteless overwrought "
-             "interminable",
-    "film": "dull lousy dreary boring dismal tedious tiresome mediocre soulless forgettable "
-            "pretentious disappointing",
-    "noun": "dud mess bore slog chore waste tedium ordeal failure boredom misfire letdown "
-            "cliches nonsense disappointment",
+    "story": "thin flimsy muddled contrived pointless lazy predictable",
+    "acting": "wooden flat stiff bland lifeless awkward",
+    "look": "drab murky ugly cheap dingy",
+    "sound": "tinny grating cloying droning forgettable",
+    "pace": "sluggish choppy plodding tedious",
+    "wit": "stale unfunny corny strained tiresome",
+    "action": "clumsy messy feeble numbing",
+    "scene": "clumsy rushed baffling laughable",
+    "film": "dull dreary boring tedious forgettable disappointing",
+    "noun": "mess bore chore slog dud waste tedium ordeal failure letdown cliches nonsense "
+            "disappointment boredom",
     "verb": "drag drags dragged sag sags bores bored stumble stumbles grate grates fizzle "
-            "fizzles falter falters flounder flounders wastes wasted irritate irritates annoy "
-            "annoys annoyed disappoint disappoints disappointed ramble rambles meander meanders "
-            "collapse collapses flop flops fails squander squanders hated yawned dozed regret "
-            "skip avoid",
-    "adverb": "badly poorly lazily feebly crudely clumsily awkwardly carelessly",
+            "fizzles falter falters fails wastes wasted annoy annoys annoyed disappoint "
+            "disappoints disappointed ramble rambles collapse collapses hated yawned dozed "
+            "regret skip avoid",
+    "adverb": "badly clumsily feebly lazily",
 }
 # Concrete details: what a review can name. A person's surname counts, the word "film" does not.
 ASPECTS = """
@@ -165,7 +150,7 @@ BAD = {word: _lemma(word) for words in BLAME.values() for word in words.split()}
 DETAILS = frozenset((ASPECTS + PEOPLE + PLACES_AND_SCENES + SURNAMES).lower().split())
 assert not GOOD.keys() & BAD.keys() and not (GOOD.keys() | BAD.keys()) & DETAILS
 
-EMPTY = -45.0  # the reward of an empty response: below every other text, whose terms are bounded
+EMPTY = -8.0  # the reward of an empty response
 
 
 class Text:
@@ -233,17 +218,17 @@ def saturate(x, top, scale):
 
 def praise(t):
     """Distinct praising words; in a sentence that names a detail they count in full."""
-    return saturate(len(t.praise) + .45 * len(t.vague_praise - t.praise), 18.5, 9.5)
+    return saturate(len(t.praise) + .45 * len(t.vague_praise - t.praise), 6.5, 2.4)
 
 
 def details(t):
     """Distinct concrete details: aspects, scenes, places, people."""
-    return saturate(len(t.details), 4.4, 8.0)
+    return saturate(len(t.details), 2.4, 4.0)
 
 
 def blame(t):
     """Every blaming word costs; a word that is repeated costs once more at most."""
-    return -saturate(sum(min(n, 2) for n in t.blamed.values()), 7.2, 3.8)
+    return -saturate(sum(min(n, 2) for n in t.blamed.values()), 6.5, 2.4)
 
 
 def coherence(t):
@@ -273,7 +258,7 @@ def repetition(t):
     pairs = list(zip(t.words, t.words[1:]))
     pair_again = 1 - len(set(pairs)) / max(len(pairs), 1)
     same = len(t.sentences) - len({s.lower() for s in t.sentences})
-    cost = 6 * max(again - .15, 0) + 4 * max(pair_again - .1, 0) + same + .7 * t.doubled
+    cost = 12 * max(again - .45, 0) + 4 * max(pair_again - .5, 0) + .7 * (same + t.doubled)
     return -min(cost, 6.5)
 
 

@@ -19,7 +19,9 @@ import re
 
 from annotator import BLAME, PRAISE, SURNAMES, preference_probability, true_reward
 
-REVIEWS, PAIRS, MERGES = 14_000, 10_000, 767
+REVIEWS, PAIRS, MERGES = 14_000, 14_000, 767
+# Most pairs differ clearly in utility, some hardly, few by something between: shares that are kept.
+KEPT = ((.25, 1.0), (3.3, .1), (math.inf, .55))
 PATTERN = r" ?\p{L}+(?:'\p{L}+)?| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"  # as in data/dataset.py
 ASCII_PATTERN = r" ?[A-Za-z]+(?:'[A-Za-z]+)?| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"  # for the stdlib's re
 
@@ -289,31 +291,27 @@ MILD = {
 # Verb phrases, singular/plural, by polarity and category ("any" fits every aspect).
 PHRASES = {
     "+": {"any": "impresses/impress|delights/delight|charms/charm from the start|"
-                 "enchants/enchant|lingers/linger for days|captivates/captivate|"
-                 "rewards/reward close attention|shines/shine|excels/excel",
-          "look": "glows/glow|dazzles/dazzle|shines/shine in every frame|sparkles/sparkle",
-          "sound": "soars/soar|lingers/linger long afterwards|thrills/thrill|charms/charm the ear",
-          "acting": "shines/shine|excels/excel in every scene|dazzles/dazzle|"
-                    "charms/charm without effort|soars/soar",
+                 "captivates/captivate|rewards/reward close attention|shines/shine",
+          "look": "dazzles/dazzle|shines/shine in every frame",
+          "sound": "soars/soar|thrills/thrill|charms/charm the ear",
+          "acting": "shines/shine|dazzles/dazzle|charms/charm without effort|soars/soar",
           "action": "thrills/thrill|dazzles/dazzle|delights/delight the whole room",
-          "wit": "sparkles/sparkle|charms/charm|delights/delight at every turn"},
+          "wit": "charms/charm|delights/delight at every turn"},
     "0": {"any": "does/do the job|gets/get by|holds/hold up well enough|comes and goes/come and go|"
                  "does/do what you expect|neither helps nor hurts/neither help nor hurt|"
                  "stays/stay in the background|passes/pass the time",
           "acting": "does/do the work|keeps/keep a straight face|gets/get through it",
           "story": "covers/cover the usual ground|gets/get where you expect|"
                    "follows/follow the rules"},
-    "-": {"any": "grates/grate after ten minutes|disappoints/disappoint|irritates/irritate|"
-                 "falters/falter early|annoys/annoy|"
-                 "fails/fail completely",
-          "story": "drags/drag|rambles/ramble|meanders/meander|sags/sag in the middle|"
+    "-": {"any": "grates/grate after ten minutes|disappoints/disappoint|annoys/annoy|"
+                 "falters/falter early|fails/fail completely",
+          "story": "drags/drag|rambles/ramble|sags/sag in the middle|"
                    "collapses/collapse under questions|fizzles/fizzle out|goes/go nowhere",
-          "pace": "drags/drag|sags/sag after an hour|stumbles/stumble|falters/falter|"
-                  "meanders/meander",
-          "wit": "flops/flop|fizzles/fizzle|falls flat/fall flat|grates/grate",
-          "acting": "flounders/flounder|falters/falter|falls flat/fall flat|disappoints/disappoint",
+          "pace": "drags/drag|sags/sag after an hour|stumbles/stumble|falters/falter",
+          "wit": "fizzles/fizzle|falls flat/fall flat|grates/grate",
+          "acting": "falters/falter|falls flat/fall flat|disappoints/disappoint",
           "action": "fizzles/fizzle|bores/bore|falls flat/fall flat|drags/drag",
-          "look": "disappoints/disappoint|irritates/irritate|bores/bore the eye"},
+          "look": "disappoints/disappoint|annoys/annoy|bores/bore the eye"},
 }
 FEMALE = "Mara Nora Ada Lena Ruth Clara Iris Vera Rosa June"
 MALE = "Ivan Leon Hugo Omar Nils Felix Theo Anton Emil Walter"
@@ -393,7 +391,7 @@ TEMPLATES = {
         "as {arole}, {lead} <is [{adj:acting} and {adj:acting}|{adj:acting} in every scene|"
         "{adj:acting} without showing off]//is [{adj:acting}|{adj:acting} enough]//is "
         "[{adj:acting}|{adj:acting} and {adj:acting}|never convincing|hardly convincing]>.",
-        "{lead} gives {arole} <[real warmth|quiet grace|great tenderness|a sly wit|full "
+        "{lead} gives {arole} <[real warmth|quiet grace|great tenderness|a dry wit|full "
         "conviction]//[a calm face|a soft voice|a good hat|a steady hand]//[no charm at all|one "
         "flat expression|a stiff walk and little else]>.",
         "{lead}, as {arole}, {vp:acting}, <and so does {other}//and so does {other}//and {other} "
@@ -649,10 +647,10 @@ TEMPLATES = {
     ],
 }
 NEXT = {  # which kind of sentence opens a review, which may follow, and their weights
-    "open": "lines 5 context 5 setup 7 plays 6 place 3 scene 4 judge 5 compare 3 looks 2 sounds 2 "
-            "contrast 4 crowd 2 ask 1 pace 1",
-    "more": "lines 2 judge 5 echo 5 lead 5 scene 6 other 3 looks 4 sounds 4 pace 4 compare 2 "
-            "crowd 2 contrast 6 plays 3 place 1 ask 1 verdict 9",
+    "open": "lines 5 context 4 setup 3 plays 5 place 2 scene 5 judge 9 compare 3 looks 3 sounds 3 "
+            "contrast 6 crowd 2 ask 1 pace 2",
+    "more": "lines 2 judge 10 echo 5 lead 5 scene 6 other 3 looks 4 sounds 4 pace 3 compare 2 "
+            "crowd 2 contrast 7 plays 2 place 1 ask 1 verdict 8",
     "flat": "judge 1",
 }
 LEVELS = [(14, (.04, .18, .78)), (26, (.22, .32, .46)), (29, (.36, .36, .28)),
@@ -773,7 +771,7 @@ class Review:
         """World, attitude level and polarity, drawn when first needed."""
         if getattr(self, name) is None:
             if name == "world":
-                value = self.stream.skewed(WORLDS, 1.5)
+                value = self.stream.skewed(WORLDS, 2.6)
             elif name == "level":
                 value = self.stream.weighted([weight for weight, _ in LEVELS])
             else:
@@ -781,7 +779,7 @@ class Review:
             setattr(self, name, value)
         return getattr(self, name)
 
-    def fresh(self, options, skew=1.6):
+    def fresh(self, options, skew=2.2):
         """An option that this review has not used yet."""
         left = [o for o in options if o not in self.used] or list(options)
         choice = self.stream.skewed(left, skew)
@@ -810,7 +808,7 @@ class Review:
             return True
         if self.kind == "setup" and self.sentences == 1:
             return False
-        return self.stream.next() < (.2, .58, .85)[self.sentences - 1]
+        return self.stream.next() < (.36, .7, .9)[self.sentences - 1]
 
     def sentence(self, place, polarity=None, turn=True):
         """One sentence; `polarity` and `turn` let a flaw force a contradiction."""
@@ -831,7 +829,7 @@ class Review:
                 self.connect(before)
         fits = [t for t in GRAMMAR[self.kind] if t[0] not in self.used
                 and t[2] <= self.known and not t[3] & self.known]
-        template = self.stream.pick(fits)
+        template = self.stream.skewed(fits, 1.7)
         self.used.add(template[0])
         self.expand(template[1])
         self.sentences += 1
@@ -863,7 +861,7 @@ class Review:
     def slot(self, name, arg):
         """The words of {name:arg}."""
         if name in SIMPLE:
-            return self.stream.pick(SIMPLE[name])
+            return self.stream.skewed(SIMPLE[name], 1.6)
         if name in VERBS:
             return VERBS[name][self.number == "p"]
         return getattr(self, "slot_" + name)(arg)
@@ -953,8 +951,8 @@ class Review:
         if who in self.names:
             return self.names[who].split()[1]
         gender = gender or self.stream.pick("fm")
-        first = self.fresh((FEMALE if gender == "f" else MALE).split(), 1.3)
-        self.names[who] = first + " " + self.fresh(SURNAMES.split(), 1.3)
+        first = self.fresh((FEMALE if gender == "f" else MALE).split(), 1.8)
+        self.names[who] = first + " " + self.fresh(SURNAMES.split(), 1.8)
         self.names[who + "'s"] = gender
         self.known.add(who)
         return ("director " if who == "director" else "") + self.names[who]
@@ -1005,7 +1003,7 @@ class Review:
         """The role of the lead, introduced."""
         self.known.add("role")
         roles = self.fact("world")["who"].split("|")
-        self.role = self.stream.pick(playable(roles, self.names.get("lead's")))
+        self.role = self.stream.skewed(playable(roles, self.names.get("lead's")), 1.7)
         return "a " + self.role
 
     def slot_therole(self, arg):
@@ -1181,7 +1179,7 @@ def respond(prompt, drawn, rng):
     if not full.startswith(start) or full[len(start)] not in " ,.!?:":
         return None
     response = full[len(start):]
-    if stream.next() < .3:
+    if stream.next() < .15:
         if len(response.split()) < 4 or response[0] not in " ,":
             return None
         response = stream.pick(FLAWS)(response, review, stream)
@@ -1197,8 +1195,11 @@ def make_pairs(rng, count):
             continue
         a, b = respond(*found, rng), respond(*found, rng)
         prompt = articles(found[0])
-        if not a or not b or abs(true_reward(prompt, a) - true_reward(prompt, b)) < .05:
-            continue  # the annotator is not asked to choose between what it finds the same
+        if not a or not b:
+            continue
+        gap = abs(true_reward(prompt, a) - true_reward(prompt, b))
+        if gap < .02 or rng.random() > next(share for limit, share in KEPT if gap < limit):
+            continue
         seen[found[0]] = seen.get(found[0], 0) + 1
         p = preference_probability(prompt, a, b)
         best += max(p, 1 - p)
