@@ -4,6 +4,7 @@ Everything in this file is a network or a file of weights; how they are trained 
 Shapes: B rows, S tokens of a row, K keys, C = n_embd, nh heads of size hs = C / nh, V = vocab_size.
 """
 import copy
+import io
 import json
 import math
 import os
@@ -226,10 +227,9 @@ def save_checkpoint(path, checkpoint):
 
 def load_checkpoint(path):
     """What `save_checkpoint` wrote, on the CPU. Never unpickles code; ValueError if unreadable."""
+    raw = io.BytesIO(Path(path).read_bytes())
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        return torch.load(raw, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for cut or foreign files
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
 

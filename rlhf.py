@@ -53,7 +53,7 @@ class Config:
     n_layer: int = 2                   # transformer blocks
     n_head: int = 4                    # attention heads
     n_embd: int = 128                  # width
-    lm_epochs: int = 2                 # passes over the corpus
+    lm_epochs: int = 3                 # passes over the corpus
     lm_batch_size: int = 8             # documents a step
     lm_lr: float = 4e-3                # peak learning rate
     # -- reward model
@@ -64,7 +64,7 @@ class Config:
     max_new_tokens: int = 64           # T_max: a response that is longer is cut
     temperature: float = 1.0           # of sampling, and of every log-prob in PPO
     # -- ppo
-    ppo_iterations: int = 60           # times collect + update
+    ppo_iterations: int = 90           # times collect + update
     ppo_batch_size: int = 64           # trajectories an iteration
     ppo_epochs: int = 4                # passes over each batch of experience
     minibatch_size: int = 16           # trajectories a gradient step
@@ -468,6 +468,7 @@ def optimizer_step(loss, model, optimizer, max_grad_norm, where):
         optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError(f"{where}: loss {loss.item()}, gradient norm {float(norm)}")
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # whoever stops early leaves no stale gradient behind
     return float(norm)
 
 
@@ -884,19 +885,20 @@ def run_stage(stage, model, train, config, data, fresh, log_lines, interrupted):
 
     def on_step(metrics, state):
         nonlocal lines, saved, began
-        step, steps, last = state["step"], metrics.pop("steps"), state
+        step, steps = state["step"], metrics.pop("steps")
         seconds = time.perf_counter() - start
         if stage == "ppo" or step % 10 == 0 or step == steps:
             dataset.append_record(log, {"stage": stage, "step": step, "seconds": seconds, **metrics})
             lines += 1
         show_progress(stage, step, steps, seconds, metrics)
-        if interrupted() or time.perf_counter() - saved > max(SAVE_EVERY, 20 * (saved - began)):
+        final.update(state)
+        stop = interrupted()
+        if stop or time.perf_counter() - saved > max(SAVE_EVERY, 20 * (saved - began)):
             began = time.perf_counter()
             save(state, False)
             saved = time.perf_counter()
-        if interrupted():
+        if stop:
             raise KeyboardInterrupt
-        final.update(last)
 
     final = {}
     train(state=checkpoint["state"], on_step=on_step)
@@ -1137,7 +1139,7 @@ def main(argv=None):
             run(config, fresh, lambda: bool(pressed))
     except KeyboardInterrupt:
         sys.exit("\nstopped and saved; the same command goes on from here")
-    except (dataset.DataError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"rlhf.py: {error}", file=sys.stderr)
         sys.exit(2)
 

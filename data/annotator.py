@@ -13,7 +13,7 @@ bounded: `true_reward` is a sum of the terms in `TERMS`, each a small function o
 Training never sees this file's scores; it is used to label pairs and to evaluate.
 
     >>> round(true_reward("The acting", " is superb, and the river crossing is moving."), 1)
-    4.9
+    5.0
 """
 
 import math
@@ -150,7 +150,7 @@ BAD = {word: _lemma(word) for words in BLAME.values() for word in words.split()}
 DETAILS = frozenset((ASPECTS + PEOPLE + PLACES_AND_SCENES + SURNAMES).lower().split())
 assert not GOOD.keys() & BAD.keys() and not (GOOD.keys() | BAD.keys()) & DETAILS
 
-EMPTY = -8.0  # the reward of an empty response
+FLOOR, EMPTY = -11.0, -12.0  # no text scores less than FLOOR, but an empty response does
 
 
 class Text:
@@ -218,7 +218,7 @@ def saturate(x, top, scale):
 
 def praise(t):
     """Distinct praising words; in a sentence that names a detail they count in full."""
-    return saturate(len(t.praise) + .45 * len(t.vague_praise - t.praise), 6.5, 2.4)
+    return saturate(len(t.praise) + .45 * len(t.vague_praise - t.praise), 8.0, 3.2)
 
 
 def details(t):
@@ -290,7 +290,7 @@ def true_reward(prompt, response):
     if not response.strip():
         return EMPTY
     text = Text(join(prompt, response))
-    return sum(term(text) for term in TERMS)
+    return max(sum(term(text) for term in TERMS), FLOOR)
 
 
 def preference_probability(prompt, a, b):

@@ -11,17 +11,18 @@ with fresh ones: the same opening, two honest continuations.
 
 import argparse
 import base64
+import itertools
 import json
 import math
 import pathlib
 import random
 import re
 
-from annotator import BLAME, PRAISE, SURNAMES, preference_probability, true_reward
+from annotator import BLAME, PRAISE, SURNAMES, true_reward
 
-REVIEWS, PAIRS, MERGES = 14_000, 14_000, 767
+REVIEWS, PAIRS, MERGES = 14_000, 16_000, 767
 # Most pairs differ clearly in utility, some hardly, few by something between: shares that are kept.
-KEPT = ((.25, 1.0), (3.3, .1), (math.inf, .55))
+KEPT = ((.2, 1.0), (4.5, .003), (math.inf, .65))
 PATTERN = r" ?\p{L}+(?:'\p{L}+)?| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"  # as in data/dataset.py
 ASCII_PATTERN = r" ?[A-Za-z]+(?:'[A-Za-z]+)?| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"  # for the stdlib's re
 
@@ -653,8 +654,8 @@ NEXT = {  # which kind of sentence opens a review, which may follow, and their w
             "crowd 2 contrast 7 plays 2 place 1 ask 1 verdict 8",
     "flat": "judge 1",
 }
-LEVELS = [(14, (.04, .18, .78)), (26, (.22, .32, .46)), (29, (.36, .36, .28)),
-          (21, (.56, .29, .15)), (10, (.84, .12, .04))]  # weight; chances of praise, mild, blame
+LEVELS = [(14, (.04, .19, .77)), (26, (.21, .34, .45)), (29, (.35, .38, .27)),
+          (21, (.54, .31, .15)), (10, (.83, .13, .04))]  # weight; chances of praise, mild, blame
 VERDICT = [(0, 0, 1), (0, .5, .5), (.2, .6, .2), (.5, .5, 0), (1, 0, 0)]
 TURNS = ("but |still, |even so, |that said, |yet |all the same, |however, |but |"
          "on the other hand, ").split("|")
@@ -1193,18 +1194,18 @@ def make_pairs(rng, count):
         found = opening(Stream(rng))
         if not found or seen.get(found[0], 0) >= 2:
             continue
-        a, b = respond(*found, rng), respond(*found, rng)
         prompt = articles(found[0])
-        if not a or not b:
-            continue
-        gap = abs(true_reward(prompt, a) - true_reward(prompt, b))
-        if gap < .02 or rng.random() > next(share for limit, share in KEPT if gap < limit):
-            continue
-        seen[found[0]] = seen.get(found[0], 0) + 1
-        p = preference_probability(prompt, a, b)
-        best += max(p, 1 - p)
-        chosen, rejected = (a, b) if rng.random() < p else (b, a)
-        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        told = [y for y in (respond(*found, rng) for _ in range(4)) if y]
+        judged = [(true_reward(prompt, y), y) for y in told]
+        for (u, a), (v, b) in itertools.combinations(judged, 2):
+            gap = abs(u - v)
+            if gap > .02 and rng.random() < next(share for limit, share in KEPT if gap < limit):
+                seen[found[0]] = seen.get(found[0], 0) + 1
+                p = 1 / (1 + math.exp(v - u))
+                best += max(p, 1 - p)
+                chosen, rejected = (a, b) if rng.random() < p else (b, a)
+                pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+                break
     return pairs, best / count
 
 
