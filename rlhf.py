@@ -1049,8 +1049,8 @@ def summarize(record, samples, out):
         if f"{name}_lm" in record:
             print(f"{name:34}{record[f'{name}_lm']:16.3f}{record[f'{name}_ppo']:12.3f}")
     for name, value in record.items():
-        if not name.endswith(("_lm", "_ppo")) or name in ("true_reward_std_lm", "distinct_ppo",
-                                                          "reward_correlation_lm"):
+        if name.startswith(("seconds", "distinct", "true_reward_std", "reward_correlation")) or \
+                not name.endswith(("_lm", "_ppo")):
             print(f"{name:34}{value:28.3f}")
     from data import curves
     print(f"\nwritten to {out}/: log.jsonl, samples.jsonl, {', '.join(FILES.values())}"
