@@ -1,4 +1,4 @@
-"""A tiny GPT with GPT-2's architecture, its KV cache, a value head, a reward head, and files of weights.
+"""A tiny GPT with GPT-2's architecture, its KV cache, value and reward heads, files of weights.
 
 Everything in this file is a network or a file of weights; how they are trained is in `rlhf.py`.
 Shapes: B rows, S tokens of a row, K keys, C = n_embd, nh heads of size hs = C / nh, V = vocab_size.
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
+    """The sizes of a GPT, and the token that ends its texts."""
     vocab_size: int = 1024  # V, tokens in the vocabulary
     block_size: int = 256   # longest sequence, prompt and response together
     n_layer: int = 4        # transformer blocks
@@ -68,7 +69,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. No dropout: it would make the PPO ratio differ from 1 at the start."""
+    """Pre-norm block. No dropout: it would make the PPO ratio differ from 1 at the start."""
 
     def __init__(self, config):
         super().__init__()
@@ -144,7 +145,7 @@ class GPT(nn.Module):
         return load_gpt2(cls, name_or_path)
 
     def save_pretrained(self, directory):
-        """Write `config.json` and `pytorch_model.bin`, as GPT2LMHeadModel.from_pretrained reads them."""
+        """Write the two files that GPT2LMHeadModel.from_pretrained reads."""
         save_gpt2(self, directory)
 
 
@@ -171,7 +172,7 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value_head.bias)
 
     def forward(self, tokens, positions=None):
-        """Logits (B, T, V) and values (B, T) at `positions` (B, T) of tokens (B, S); None: at all S.
+        """Logits (B, T, V), values (B, T) at `positions` (B, T) of tokens (B, S); None: at all S.
 
         Both are read from the same hidden state: at position P-1+t, the last token of s_t, they
         are log π(·|s_t) before its softmax, and V(s_t).
@@ -301,12 +302,13 @@ def load_gpt2(cls, name_or_path):
     if raw.get("model_type", "gpt2") != "gpt2":
         raise ValueError(f"{name_or_path}: model_type is {raw['model_type']!r}, expected 'gpt2'")
     for key, value in GPT2_FIXED.items():
-        if raw.get(key, value) != value and not (key == "n_inner" and raw[key] == 4 * raw["n_embd"]):
+        spelled_out = key == "n_inner" and raw.get(key) == 4 * raw.get("n_embd", 0)
+        if raw.get(key, value) != value and not spelled_out:
             raise ValueError(f"{name_or_path}: config.json has {key} = {raw[key]!r}; "
                              f"this GPT has {value!r}")
     try:
-        config = GPTConfig(raw["vocab_size"], raw.get("n_positions") or raw["n_ctx"], raw["n_layer"],
-                           raw["n_head"], raw["n_embd"],
+        config = GPTConfig(raw["vocab_size"], raw.get("n_positions") or raw["n_ctx"],
+                           raw["n_layer"], raw["n_head"], raw["n_embd"],
                            raw.get("eos_token_id", raw["vocab_size"] - 1))
         gpt = cls(config)
     except (KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:

@@ -196,8 +196,8 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
         row[:len(prompt)] = torch.as_tensor(prompt)
     tokens, prompt_lengths = tokens.to(device), torch.tensor(lengths, device=device)
     mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)  # (B, T)
-    log_probs = torch.zeros(B, max_new_tokens, device=device, dtype=gpt.wte.weight.dtype)
-    log_probs = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
+    wide = torch.promote_types(gpt.wte.weight.dtype, torch.float32)
+    log_probs = torch.zeros(B, max_new_tokens, device=device, dtype=wide)
     uniforms = torch.rand(max_new_tokens, B, generator=generator,
                           device=generator.device if generator else "cpu").to(device)
 
@@ -209,9 +209,7 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
         x = gpt.hidden(tokens[:, :P], [(k[:, :, :P], v[:, :, :P]) for k, v in cache], positions)
         x = x[rows, prompt_lengths - 1]                                    # (B, C) the last of s_0
         for t in range(max_new_tokens):
-            logits = gpt.logits(x)                                         # (B', V)
-            logits = logits.to(log_probs.dtype) / temperature
-            log_p = F.log_softmax(logits, dim=-1)
+            log_p = F.log_softmax(gpt.logits(x).to(wide) / temperature, -1)  # (B', V)
             action = sample_tokens(log_p, uniforms[t, rows])               # (B',)
             log_probs[rows, t] = log_p.gather(1, action[:, None]).squeeze(1)
             tokens[rows, prompt_lengths[rows] + t] = action
@@ -221,9 +219,8 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
             if left == 0 or t + 1 == max_new_tokens:
                 break
             if left <= 0.8 * len(rows):  # moving the cache costs time: not for every row that ends
-                rows, action, cache = rows[alive], action[alive], [
-                    (k[alive], v[alive]) for k, v in cache]
-                alive = alive[alive]
+                cache = [(k[alive], v[alive]) for k, v in cache]
+                rows, action, alive = rows[alive], action[alive], alive[alive]
             positions = (prompt_lengths[rows] + t)[:, None]                # (B', 1)
             seen = [(k[:, :, :P + t + 1], v[:, :, :P + t + 1]) for k, v in cache]
             x = gpt.hidden(action[:, None], seen, positions)[:, 0]         # (B', C)
@@ -541,7 +538,8 @@ def train_reward_model(reward_model, pairs, reference, prompts, config, state=No
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
     per_epoch = math.ceil(len(pairs) / config.rm_batch_size)
-    steps, lengths = config.rm_epochs * per_epoch, [len(p) + max(len(w), len(l)) for p, w, l in pairs]
+    steps = config.rm_epochs * per_epoch
+    lengths = [len(p) + max(len(w), len(l)) for p, w, l in pairs]
     for step in range(state["step"], steps):
         epoch, i = divmod(step, per_epoch)
         if i == 0 or step == state["step"]:
@@ -888,7 +886,8 @@ def run_stage(stage, model, train, config, data, fresh, log_lines, interrupted):
         step, steps = state["step"], metrics.pop("steps")
         seconds = time.perf_counter() - start
         if stage == "ppo" or step % 10 == 0 or step == steps:
-            dataset.append_record(log, {"stage": stage, "step": step, "seconds": seconds, **metrics})
+            row = {"stage": stage, "step": step, "seconds": seconds, **metrics}
+            dataset.append_record(log, row)
             lines += 1
         show_progress(stage, step, steps, seconds, metrics)
         final.update(state)
@@ -1094,7 +1093,7 @@ def sample(config, prompt, n=3):
 
 
 def parse(argv):
-    """Command, its words, Config and --fresh from the command line; exits 2 in one line if wrong."""
+    """(command, prompt, Config, --fresh) of the command line; if wrong, one line and exit 2."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             self.exit(2, f"rlhf.py: {message}; see --help\n")

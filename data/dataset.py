@@ -153,14 +153,8 @@ def held_out(text):
     return hashlib.sha256(text.encode()).digest()[0] < 256 * HELD_OUT
 
 
-def load(data_dir, block_size, max_new_tokens, encoding=None):
-    """Read a data directory for a context of `block_size`; DataError if it is broken.
-
-    Held out are: documents by their own hash; pairs and prompts by the prompt's hash, so that a
-    held-out prompt is in no training pair (pairs without a prompt, by their answers' hash); and
-    every document that is a held-out pair's text.
-    """
-    data_dir = Path(data_dir)
+def find_files(data_dir):
+    """{name: path} of a data directory; DataError if what it must hold is not there."""
     if not data_dir.is_dir():
         raise DataError(f"{data_dir}: no such directory, expected one with preferences.jsonl")
     files = {name: data_dir / name for name in
@@ -169,6 +163,18 @@ def load(data_dir, block_size, max_new_tokens, encoding=None):
         raise DataError(f"{files['preferences.jsonl']}: no such file, {FORMS} a line")
     if not files["tokenizer.tiktoken"].is_file():
         files["tokenizer.tiktoken"] = SHIPPED / "tokenizer.tiktoken"
+    return files
+
+
+def load(data_dir, block_size, max_new_tokens, encoding=None):
+    """Read a data directory for a context of `block_size`; DataError if it is broken.
+
+    Held out are: documents by their own hash; pairs and prompts by the prompt's hash, so that a
+    held-out prompt is in no training pair (pairs without a prompt, by their answers' hash); and
+    every document that is a held-out pair's text.
+    """
+    data_dir = Path(data_dir)
+    files = find_files(data_dir)
     encoding = encoding or read_tokenizer(files["tokenizer.tiktoken"])
     eos = encoding.eot_token
     skipped, notes = Counter(), []
