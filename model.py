@@ -28,6 +28,20 @@ class GPTConfig:
     eos_token: int = 1023   # begins every sequence and ends every response
 
 
+def causal_attention(q, k, v):
+    """softmax(q kᵀ / √hs) v, each query over the keys at positions <= its own; all (B, nh, S, hs).
+
+    On a CPU plain products are faster than the fused kernel, while S × S scores fit its caches.
+    """
+    B, nh, S, hs = q.shape
+    if q.device.type != "cpu" or S > 128:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    later = torch.full((S, S), -math.inf, dtype=q.dtype).triu(1)           # 0 on and below diagonal
+    q, k, v = (x.reshape(B * nh, S, hs) for x in (q, k, v))
+    scores = torch.baddbmm(later, q, k.transpose(1, 2), alpha=hs**-0.5)    # (B nh, S, S)
+    return (scores.softmax(-1) @ v).view(B, nh, S, hs)
+
+
 class Attention(nn.Module):
     """Causal self-attention, softmax(q kᵀ / √hs) v, over the keys at positions <= the query's."""
 
@@ -37,20 +51,18 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, positions=None):
+    def forward(self, x, cache=None, positions=None, seen=None):
         B, S, C = x.shape
         q, k, v = self.c_attn(x).view(B, S, 3, self.n_head, C // self.n_head).unbind(2)
         q = q.transpose(1, 2)                                              # (B, nh, S, hs)
         if cache is None:
-            y = F.scaled_dot_product_attention(
-                q, k.transpose(1, 2), v.transpose(1, 2), is_causal=True)   # (B, nh, S, hs)
+            y = causal_attention(q, k.transpose(1, 2), v.transpose(1, 2))  # (B, nh, S, hs)
         else:
             keys, values = cache                                           # 2 × (B, nh, K, hs)
             rows = torch.arange(B, device=x.device)[:, None]               # (B, 1)
             keys[rows, :, positions] = k.to(keys.dtype)  # each row writes at its own positions,
             values[rows, :, positions] = v.to(values.dtype)
             # … and sees no key after them: what an earlier, padded write left there is garbage.
-            seen = torch.arange(keys.shape[2], device=x.device) <= positions[:, None, :, None]
             y = F.scaled_dot_product_attention(
                 q, keys.to(q.dtype), values.to(q.dtype), attn_mask=seen)   # (B, nh, S, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, S, C))
@@ -78,8 +90,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, positions=None):
-        x = x + self.attn(self.ln_1(x), cache, positions)
+    def forward(self, x, cache=None, positions=None, seen=None):
+        x = x + self.attn(self.ln_1(x), cache, positions, seen)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -114,8 +126,10 @@ class GPT(nn.Module):
             raise ValueError(f"{S} tokens do not fit the context of {self.config.block_size}")
         where = torch.arange(S, device=tokens.device) if positions is None else positions
         x = self.wte(tokens) + self.wpe(where)                             # (B, S, C)
+        seen = cache and (torch.arange(cache[0][0].shape[2], device=tokens.device)
+                          <= positions[:, None, :, None])                  # (B, 1, S, K)
         for i, block in enumerate(self.h):
-            x = block(x, cache and cache[i], positions)
+            x = block(x, cache and cache[i], positions, seen)
         return self.ln_f(x)
 
     def logits(self, hidden):

@@ -68,6 +68,7 @@ class Config:
     ppo_batch_size: int = 64           # trajectories an iteration
     ppo_epochs: int = 4                # passes over each batch of experience
     minibatch_size: int = 16           # trajectories a gradient step
+    micro_batch_size: int = 16         # trajectories a forward pass; their gradients accumulate
     ppo_lr: float = 1e-3               # learning rate at the start; falls linearly to 0
     kl_coef: float = 0.05              # beta: the price of a nat of KL to the language model
     kl_target: float | None = None     # nats a response: adapts kl_coef to hold it; none: fixed
@@ -101,7 +102,7 @@ def check(config):
              getattr(field.type, "__name__", str(field.type)))
         need(not isinstance(value, float) or math.isfinite(value), field.name, "a finite number")
     for name in ("block_size n_layer n_head n_embd lm_batch_size rm_batch_size max_new_tokens "
-                 "ppo_batch_size ppo_epochs minibatch_size eval_prompts").split():
+                 "ppo_batch_size ppo_epochs minibatch_size micro_batch_size eval_prompts").split():
         need(getattr(c, name) >= 1, name, "at least 1")
     for name in "lm_epochs rm_epochs ppo_iterations kl_coef value_coef entropy_coef".split():
         need(getattr(c, name) >= 0, name, "at least 0")
@@ -157,6 +158,20 @@ class Rollout:
     actions: torch.Tensor         # (B, T) a_t, 0 after the end
     mask: torch.Tensor            # (B, T) True up to and including the end
     log_probs: torch.Tensor       # (B, T) log π(a_t|s_t) of the distribution sampled from
+
+    def take(self, rows):
+        """The trajectories `rows`, trimmed to the longest of them."""
+        part = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        part = {k: v[rows] if torch.is_tensor(v) else v for k, v in part.items()}
+        lengths = part["mask"].sum(1)
+        T, used = int(lengths.max()), int((part["prompt_lengths"] + lengths).max())
+        part = {k: v[:, :T] if torch.is_tensor(v) and v.dim() == 2 else v
+                for k, v in part.items()} | {"tokens": part["tokens"][:, :used]}
+        return type(self)(**part)
+
+    def parts(self, size):
+        """Row indices in parts of `size` rows of similar length: little of a part is padding."""
+        return (self.prompt_lengths + self.mask.sum(1)).argsort(stable=True).split(size)
 
 
 def sample_tokens(log_probs, uniforms):
@@ -455,18 +470,26 @@ def make_optimizer(model, lr, betas=(0.9, 0.99), eps=1e-8):
     return torch.optim.Adam(model.parameters(), lr=lr, betas=betas, eps=eps, fused=True)
 
 
-def optimizer_step(loss, model, optimizer, max_grad_norm, where):
-    """Backward, clip, step. A loss or gradient that is not finite stops the run by name, before
-    the optimizer sees it (FloatingPointError). Returns the gradient's norm before clipping."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    if not (math.isfinite(norm) and math.isfinite(loss.detach())):
-        optimizer.zero_grad(set_to_none=True)
-        raise FloatingPointError(f"{where}: loss {loss.item()}, gradient norm {float(norm)}")
-    optimizer.step()
+def apply_gradient(loss, model, optimizer, max_grad_norm, where):
+    """Clip the gradient, step, clear it; returns the gradient's norm before clipping.
+
+    A loss or gradient that is not finite stops the run by name, before the optimizer sees it
+    (FloatingPointError).
+    """
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    if finite:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # whoever stops early leaves no stale gradient behind
-    return float(norm)
+    if not finite:
+        raise FloatingPointError(f"{where}: loss {loss}, gradient norm {norm}")
+    return norm
+
+
+def optimizer_step(loss, model, optimizer, max_grad_norm, where):
+    """Backward, then `apply_gradient`."""
+    loss.backward()
+    return apply_gradient(float(loss.detach()), model, optimizer, max_grad_norm, where)
 
 
 def set_learning_rate(optimizer, peak, step, steps, warmup=0):
@@ -575,13 +598,15 @@ def reward_model_accuracy(reward_model, pairs, batch_size=64):
 def reward_scores(reward_model, rollout):
     """r(x, y) (B,) of sampled responses. One that was cut is read at an end token put behind it:
     the reward model has only ever been read at end tokens."""
-    eos = reward_model.gpt.config.eos_token
-    lengths = rollout.prompt_lengths + rollout.mask.sum(1)                 # (B,)
-    tokens = F.pad(rollout.tokens, (0, 1))                                 # (B, P+T+1)
-    ended = ends(rollout, eos)
-    tokens.scatter_(1, lengths[:, None], eos)
-    with autocast(reward_model):
-        return reward_model(tokens, lengths + ~ended).to(reward_model.gpt.wte.weight.dtype)
+    weight, eos = reward_model.gpt.wte.weight, reward_model.gpt.config.eos_token
+    scores = torch.zeros(len(rollout.tokens), device=weight.device, dtype=weight.dtype)
+    for rows in rollout.parts(16):
+        part = rollout.take(rows)
+        lengths = part.prompt_lengths + part.mask.sum(1)                   # (b,)
+        tokens = F.pad(part.tokens, (0, 1)).scatter(1, lengths[:, None], eos)
+        with autocast(reward_model):
+            scores[rows] = reward_model(tokens, lengths + ~ends(part, eos)).to(weight.dtype)
+    return scores
 
 
 def ends(rollout, eos_token):
@@ -606,16 +631,6 @@ class Experience(Rollout):
     advantages: torch.Tensor     # (B, T) A_t, not whitened
     returns: torch.Tensor        # (B, T) A_t + V_old(s_t), the value's target
     rollout_seconds: float       # time that sampling took
-
-    def take(self, rows):
-        """The trajectories `rows`, trimmed to the longest of them."""
-        part = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        part = {k: v[rows] if torch.is_tensor(v) else v for k, v in part.items()}
-        T = int(part["mask"].sum(1).max())
-        part = {k: v[:, :T] if torch.is_tensor(v) and v.dim() == 2 and k != "tokens" else v
-                for k, v in part.items()}
-        used = int((part["prompt_lengths"] + part["mask"].sum(1)).max())
-        return Experience(**part | {"tokens": part["tokens"][:, :used]})
 
 
 def forward_responses(model, batch, temperature):
@@ -642,17 +657,17 @@ def collect(policy, reference, reward_fn, prompts, config, generator=None):
     if config.missing_eos_score is not None:  # Stiennon et al. 2009.01325: cut rows score low
         scores = scores.where(ends(sampled, eos), config.missing_eos_score)
 
-    log_probs, ref_log_probs, values = [], [], []
-    for rows in torch.arange(len(prompts)).split(config.minibatch_size):  # (B, T, V) never at once
-        batch = Rollout(*(getattr(sampled, f.name)[rows] for f in dataclasses.fields(Rollout)))
-        logits, v = forward_responses(policy, batch, config.temperature)
-        log_probs.append(gather_log_probs(logits, batch.actions))
-        values.append(v)
-        logits, _ = forward_responses(reference, batch, config.temperature)
-        ref_log_probs.append(gather_log_probs(logits, batch.actions))
     mask = sampled.mask
-    log_probs, ref_log_probs, values = (
-        torch.cat(x).where(mask, 0) for x in (log_probs, ref_log_probs, values))   # (B, T)
+    log_probs, ref_log_probs, values = sampled.log_probs.new_zeros(3, *mask.shape)  # 3 × (B, T)
+    for rows in sampled.parts(config.micro_batch_size):  # (B, T, V) never at once
+        part = sampled.take(rows)
+        at = rows[:, None], torch.arange(part.mask.shape[1], device=rows.device)
+        logits, values[at] = forward_responses(policy, part, config.temperature)
+        log_probs[at] = gather_log_probs(logits, part.actions)
+        logits, _ = forward_responses(reference, part, config.temperature)
+        ref_log_probs[at] = gather_log_probs(logits, part.actions)
+    log_probs, ref_log_probs, values = (x.where(mask, 0) for x in
+                                        (log_probs, ref_log_probs, values))
 
     rewards = kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, config.kl_coef)
     advantages = gae(rewards, values, mask, config.gamma, config.lam)
@@ -661,44 +676,62 @@ def collect(policy, reference, reward_fn, prompts, config, generator=None):
                       seconds)
 
 
+def ppo_loss(policy, batch, config, watch_entropy=True):
+    """L = −L_clip + c1 L_VF − c2 H on a minibatch (PPO 1707.06347, eq. 9 with its sign turned).
+
+    returns: (loss (), what to watch: a dictionary of floats)
+    """
+    logits, values = forward_responses(policy, batch, config.temperature)  # (B, T, V), (B, T)
+    log_probs = gather_log_probs(logits, batch.actions)
+    policy_part = ppo_policy_loss(log_probs, batch.log_probs, batch.advantages, batch.mask,
+                                  config.clip)
+    value_part = value_loss(values, batch.values, batch.returns, batch.mask, config.value_clip)
+    loss = policy_part + config.value_coef * value_part
+    log_ratio = (log_probs.detach() - batch.log_probs).where(batch.mask, 0)
+    clipped = (log_ratio.exp() - 1).abs() > config.clip
+    watched = {"policy_loss": policy_part, "value_loss": value_part,
+               "approx_kl": masked_mean(log_ratio.expm1() - log_ratio, batch.mask),  # k3
+               "clip_fraction": masked_mean(clipped.float(), batch.mask)}
+    if config.entropy_coef or watch_entropy:  # it reads all of (B, T, V): not for nothing
+        bonus = entropy(logits if config.entropy_coef else logits.detach(), batch.mask)
+        loss, watched["entropy"] = loss - config.entropy_coef * bonus, bonus
+    return loss, {name: float(value.detach()) for name, value in watched.items()}
+
+
 def ppo_update(policy, optimizer, experience, config, generator=None, where="ppo"):
     """K epochs of minibatches on one batch of experience; returns metrics of the update.
 
-    Minimises L = −L_clip + c1 L_VF − c2 H (PPO 1707.06347, eq. 9 with its sign turned).
-    Advantages are whitened over the whole batch; the returns are not touched by that.
+    Advantages are whitened over the whole batch; the returns are not touched by that. A minibatch
+    goes through the network in micro-batches whose gradients add up to its mean over tokens.
     """
     whitened = whiten(experience.advantages, experience.mask)
     experience = dataclasses.replace(experience, advantages=whitened)
-    metrics, stop = {}, False
-    for _ in range(config.ppo_epochs):
-        order = torch.randperm(len(whitened), generator=generator)
-        for rows in order.split(config.minibatch_size):
-            batch = experience.take(rows.to(whitened.device))
-            logits, values = forward_responses(policy, batch, config.temperature)
-            log_probs = gather_log_probs(logits, batch.actions)
-            loss_policy = ppo_policy_loss(log_probs, batch.log_probs, batch.advantages, batch.mask,
-                                          config.clip)
-            loss_value = value_loss(values, batch.values, batch.returns, batch.mask,
-                                    config.value_clip)
-            bonus = entropy(logits if config.entropy_coef else logits.detach(), batch.mask)
-            loss = loss_policy + config.value_coef * loss_value - config.entropy_coef * bonus
-
-            log_ratio = (log_probs.detach() - batch.log_probs).where(batch.mask, 0)
-            approx_kl = float(masked_mean(log_ratio.expm1() - log_ratio, batch.mask))  # k3
-            stop = config.early_stop_kl is not None and approx_kl > config.early_stop_kl
-            if stop:  # before backward: no gradient is left behind
+    metrics, updates, stop = {}, 0, False
+    for epoch in range(config.ppo_epochs):
+        for rows in torch.randperm(len(whitened), generator=generator).split(config.minibatch_size):
+            rows = rows.to(whitened.device)
+            loss, watched, tokens = 0.0, {}, experience.mask[rows].sum()
+            for part in rows.split(config.micro_batch_size):
+                batch = experience.take(part)
+                share = batch.mask.sum() / tokens
+                part_loss, part_watched = ppo_loss(policy, batch, config, epoch == 0)
+                (share * part_loss).backward()
+                loss += float(share * part_loss.detach())
+                for name, value in part_watched.items():
+                    watched[name] = watched.get(name, 0.0) + float(share) * value
+            stop = config.early_stop_kl is not None and watched["approx_kl"] > config.early_stop_kl
+            if stop:  # and leave no gradient behind
+                optimizer.zero_grad(set_to_none=True)
                 break
-            norm = optimizer_step(loss, policy, optimizer, config.max_grad_norm, where)
-            clipped = (log_ratio.exp() - 1).abs() > config.clip
-            for name, value in (
-                    ("policy_loss", loss_policy), ("value_loss", loss_value), ("entropy", bonus),
-                    ("approx_kl", approx_kl), ("grad_norm", norm),
-                    ("clip_fraction", masked_mean(clipped.float(), batch.mask))):
-                metrics.setdefault(name, []).append(float(torch.as_tensor(value).detach()))
+            watched["grad_norm"] = apply_gradient(loss, policy, optimizer, config.max_grad_norm,
+                                                  where)
+            updates += 1
+            for name, value in watched.items():
+                metrics.setdefault(name, []).append(value)
         if stop:
             break
     result = {name: sum(values) / len(values) for name, values in metrics.items()}
-    return result | {"updates": len(metrics.get("grad_norm", ())), "early_stop": stop}
+    return result | {"updates": updates, "early_stop": stop}
 
 
 def train_ppo(policy, reference, reward_fn, prompts, config, state=None, on_step=None):
