@@ -22,6 +22,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -2445,6 +2446,112 @@ def test_evaluate_compares_both_policies_on_the_same_prompts(judged_by_truth):
 
 
 # =================================================================================================
+# The program: beside the maths
+# =================================================================================================
+
+
+def explained(capsys, first_run, *arguments):
+    """What `explain` prints: text, {column: (T,)}, tokens, which are clipped, {formula: numbers}."""
+    rlhf.main(["explain", "--out_dir", str(first_run.out), *map(str, arguments)])
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith(" t token"))
+    names = re.split(" +", lines[at][13:].replace("log ", "log-").strip())
+    rows = [line.split() for line in lines[at + 1:lines.index("", at)]]
+    assert all(len(row) == 2 + len(names) and row[0] == str(t) for t, row in enumerate(rows))
+    columns = {name: np.array([float(row[2 + i].rstrip("*")) for row in rows])
+               for i, name in enumerate(names)}
+    sums = dict(re.match(r"(.+?)  +(-?[\d.]+ = .+)", line).groups() for line in lines
+                if re.search(r"  -?[\d.]+ = ", line))
+    return text, columns, [row[1] for row in rows], [row[-1][-1] == "*" for row in rows], sums
+
+
+def test_the_columns_of_explain_are_tied_by_the_equations_of_the_derivation(first_run, capsys):
+    """KL, r_t, Σ γ^k r_{t+k}, δ_t, Σ (γλ)^k δ_{t+k}: the printed table, recomputed as sums."""
+    beta, gamma, lam = 0.3, 0.9, 0.7
+    text, c, tokens, _, sums = explained(capsys, first_run, "The acting in", "--kl_coef", beta,
+                                         "--gamma", gamma, "--lam", lam, "--missing_eos_score=-2")
+    assert list(c) == ["log-π", "log-ref", "KL", "r", "to-go", "V", "δ", "A", "ratio"]
+    T, score = len(tokens), float(re.search(r"Σ r .* = (-?[\d.]+) - 0.3 · ", text)[1])
+    V = np.append(c["V"], 0)
+    for t in range(T):
+        k = np.arange(T - t)
+        for name, expected in (
+                ("KL", c["log-π"][t] - c["log-ref"][t]),
+                ("r", -beta * c["KL"][t] + (score if t == T - 1 else 0)),
+                ("to-go", (gamma**k * c["r"][t:]).sum()),
+                ("δ", c["r"][t] + gamma * V[t + 1] - V[t]),
+                ("A", ((gamma * lam)**k * c["δ"][t:]).sum())):
+            assert c[name][t] == pytest.approx(expected, abs=0.004), (t, name)
+    assert T > 2 and all(np.abs(c[name]).max() > 0.005 for name in c)
+    assert ("was cut" in text) == (tokens[-1] != "<end>") == (score == -2)
+    assert len(sums) == 6
+    for formula, numbers in sums.items():  # a pocket calculator
+        left, right = numbers.split(" = ")
+        assert eval(right.replace("·", "*")) == pytest.approx(float(left), abs=0.004), formula
+    assert text.startswith("The acting in|") and max(map(len, text.splitlines())) <= 80
+
+
+def test_explain_reads_the_policy_of_the_run_or_the_untrained_one(first_run, capsys):
+    """log π, log π_ref and V by a pass over each state; step 0: π = π_ref and V = 0."""
+    models = rlhf.load_models(first_run.config)
+    encoding = dataset.tokenizer_of(first_run.config.data_dir)
+    prompt = dataset.read_records(first_run.out / "samples.jsonl")[1]["prompt"]
+    x = [1023, *encoding.encode_ordinary(prompt)]
+    for flags, policy in ([], models[2]), (["--step", 0], ActorCritic(models[0])):
+        text, c, tokens, _, _ = explained(capsys, first_run, *flags, "--seed", 1)
+        assert " ".join(text.split()).startswith(" ".join(prompt.split()) + "|")
+        assert f"P = {len(x)} tokens" in text and f"position {len(x) - 1} + t" in text
+        y = rollout(policy, [x], 8, 1023, 1.0, rlhf.seeded(1, "explain", 0)).actions[0].tolist()
+        assert len(y) == len(tokens)
+        for t, a in enumerate(y):
+            _, values = policy(torch.tensor([x + y[:t]]))
+            for name, value in (("log-π", log_pi(policy, x + y[:t])[a]), ("V", values[0, -1]),
+                                ("log-ref", log_pi(models[0], x + y[:t])[a])):
+                assert c[name][t] == pytest.approx(value.item(), abs=0.001), (t, name)
+        assert ("untrained" in text) == (not c["KL"].any()) == (not c["V"].any()) == bool(flags)
+
+
+def test_the_ratios_of_explain_are_those_after_one_update(first_run, capsys):
+    """clip(ρ_t): 1 at a learning rate of 0; else up where A is above its mean; * beyond 1 ± ε."""
+    _, c, _, clipped, _ = explained(capsys, first_run, "The acting in", "--ppo_lr", 1e-12)
+    assert (c["ratio"] == 1).all() and not any(clipped)
+    _, c, _, clipped, _ = explained(capsys, first_run, "The acting in", "--clip", 0.003)
+    edge = np.isin(c["ratio"], (0.997, 1.003))
+    assert (c["ratio"][clipped] != 1).all() and edge[clipped].all() and any(clipped)
+    assert (np.abs(c["ratio"] - 1) < 0.0031).all()
+    _, c, _, _, _ = explained(capsys, first_run, "The acting in", "--clip", 0.5)
+    assert ((c["A"] - c["A"].mean()) * (c["ratio"] - 1)).sum() > 0
+
+
+def test_explain_is_in_colour_on_a_terminal_only_and_not_where_no_color_is_set(
+        first_run, capsys, monkeypatch):
+    """A in green above 0, else in red; without the colours the text is the same."""
+    plain, c, *_ = explained(capsys, first_run, "The")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert explained(capsys, first_run, "The")[0] == plain and "\033" not in plain
+    monkeypatch.delenv("NO_COLOR")
+    rlhf.main(["explain", "--out_dir", str(first_run.out), "The"])
+    coloured = capsys.readouterr().out
+    assert re.sub(r"\033\[\d+m", "", coloured) == plain
+    assert [code == "32" for code in re.findall(r"\033\[(3\d)m", coloured)] == (c["A"] > 0).tolist()
+
+
+def test_what_explain_cannot_do_is_one_line(first_run, tmp_path, capsys):
+    """No run, a step that was not kept, files of another version."""
+    assert "lm.pt: no such file" in refused(capsys, "explain", "--out_dir", tmp_path)
+    assert "--step" in refused(capsys, "explain", "--step", "3")
+    assert "--step is for explain" in refused(capsys, "--step", "0")
+    out = copied(first_run, tmp_path)
+    checkpoint = load_checkpoint(out / "policy.pt")
+    for key, value in (("config", {"no_such_field": 1}), ("weights", {})):
+        save_checkpoint(out / "policy.pt", checkpoint | {key: value})
+        for arguments in (["explain"], ["sample", "The"]):
+            assert "not written by this version" in refused(capsys, *arguments, "--out_dir", out)
+
+
+# =================================================================================================
 # The program: the command line
 # =================================================================================================
 
@@ -2488,7 +2595,7 @@ def test_a_setting_out_of_range_is_refused_in_one_line_that_names_it(capsys, fie
     for value in bad:
         assert field in refused(capsys, f"--{field}={value}"), value
     for value in good:
-        _, _, config, _ = rlhf.parse([f"--{field}={value}"])
+        _, _, config, _, _ = rlhf.parse([f"--{field}={value}"])
         assert getattr(config, field) == (None if value == "none" else value)
 
 
@@ -2520,12 +2627,12 @@ def test_every_field_is_a_flag_with_a_line_of_help(capsys):
     flat = " ".join(text.split())
     for name, comment in (item for fields in groups.values() for item in fields.items()):
         assert f"--{name}" in text and " ".join(comment.split()[:3]) in flat, name
-    command, prompt, config, fresh = rlhf.parse(
+    command, prompt, config, fresh, step = rlhf.parse(
         "--lam 0.5 --data d --seed 3 --out_dir o --fresh --kl_target none".split())
-    assert (command, prompt, fresh) == ("run", None, True)
+    assert (command, prompt, fresh, step) == ("run", None, True, None)
     assert config == Config(lam=0.5, data_dir="d", seed=3, out_dir="o", kl_target=None)
     assert rlhf.parse(["sample", "The acting in"])[:2] == ("sample", "The acting in")
-    assert rlhf.parse([]) == ("run", None, Config(), False)
+    assert rlhf.parse([]) == ("run", None, Config(), False, None)
 
 
 SIZES = dict(n_layer=1, n_head=2, n_embd=16, block_size=128, max_new_tokens=8, lm_epochs=1,
