@@ -1178,10 +1178,10 @@ def trajectory_sums(columns, score, config):
          f"{delta[0]:.3f} = {r[0]:.3f} + {gamma:g} · {V[1]:.3f} - {V[0]:.3f}"),
         ("A_0 = δ_0 + γλ A_1", f"{A[0]:.3f} = {delta[0]:.3f} + {gamma * lam:g} · {A[1]:.3f}"),
         ("Σ γ^t δ_t = to-go_0 - V_0", f"{telescoped:.3f} = {to_go[0]:.3f} - {V[0]:.3f}"),
-        ("A_0 + V_0 = r_0 + γ (V_1 + λ A_1)",
+        ("A_0+V_0 = r_0 + γ (V_1 + λA_1)",
          f"{A[0] + V[0]:.3f} = {r[0]:.3f} + {gamma:g} · ({V[1]:.3f} + {lam:g} · {A[1]:.3f})"))
-    lines = [f"{formula:33}  {numbers}" for formula, numbers in lines]
-    return [*lines, "A_0 + V_0 is the return, which V(s_0) is trained towards"]
+    lines = [f"{formula:30}  {numbers}" for formula, numbers in lines]
+    return [*lines, "A_0+V_0 is the return, which V(s_0) is trained towards"]
 
 
 def parse(argv):
