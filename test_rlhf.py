@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 
 import rlhf
-from data import annotator, curves, dataset
+from data import annotator, curves, dataset, frontier
 from model import (GPT, ActorCritic, GPTConfig, RewardModel, load_checkpoint, read_safetensors,
                    save_checkpoint)
 from rlhf import (Config, Experience, Rollout, adapt_kl_coef, collect, entropy, gae,
@@ -2549,6 +2549,53 @@ def test_what_explain_cannot_do_is_one_line(first_run, tmp_path, capsys):
         save_checkpoint(out / "policy.pt", checkpoint | {key: value})
         for arguments in (["explain"], ["sample", "The"]):
             assert "not written by this version" in refused(capsys, *arguments, "--out_dir", out)
+
+
+def test_best_of_n_is_averaged_over_all_subsets_of_n_samples():
+    """E[value of the best-scored of n]: by weights, and by listing every subset."""
+    scores, values = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0)).double()
+    for n in (1, 2, 5, 6):
+        listed = [values[row, max(subset, key=lambda i: scores[row, i])]
+                  for row in range(3) for subset in itertools.combinations(range(6), n)]
+        assert frontier.expected_best(scores, values, n) == pytest.approx(float(np.mean(listed)))
+
+
+def test_the_frontier_measures_ppo_and_best_of_n_and_goes_on_where_it_was(
+        tmp_path, monkeypatch, capsys, no_picture):
+    """KL of best-of-n is log n − (n−1)/n; gains are in std of the language model; done is done."""
+    data = small_data(tmp_path / "data")
+    (data / "tokenizer.tiktoken").write_bytes(SHIPPED_RANKS)
+    monkeypatch.setattr(dataset, "SHIPPED", data.resolve())
+    configs = [Config(**SIZES | {"ppo_iterations": 2, "kl_coef": kl_coef}, data_dir=str(data),
+                      out_dir=str(tmp_path / "frontier" / "seed0")) for kl_coef in (0.0, 0.5)]
+    real = frontier.best_of_n
+    monkeypatch.setattr(frontier, "best_of_n", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # stopped in the last of three jobs
+        frontier.study(configs, tmp_path, samples=4, prompts=2)
+    monkeypatch.setattr(frontier, "best_of_n", real)
+    monkeypatch.setattr(frontier, "ppo", lambda *a: 1 / 0)  # and goes on there
+    records = frontier.study(configs, tmp_path, samples=4, prompts=2)
+    assert records == frontier.study(configs, tmp_path, samples=4, prompts=2)
+    assert records == dataset.read_records(tmp_path / "frontier.jsonl")
+    assert [(r["method"], r.get("kl_coef")) for r in records] == [
+        ("ppo", 0.0), ("ppo", 0.5), ("best_of_n", None)]
+    ppo, best = records[1], records[2]
+    samples = dataset.read_records(tmp_path / "frontier" / "seed0" / "samples.jsonl")
+    for name in ("reward", "true_reward"):
+        lm = [sample[f"{name}_lm"] for sample in samples]
+        assert ppo[name] == pytest.approx(np.mean([sample[f"{name}_ppo"] for sample in samples]))
+        assert frontier.gain(ppo, name, max(lm)) == pytest.approx(
+            (max(lm) - np.mean(lm)) / np.std(lm, ddof=1))
+        assert best[name][0] == pytest.approx(best[f"{name}_lm"])  # the best of 1 is any
+    assert best["n"] == [1, 2, 4] and best["reward"] == sorted(best["reward"])
+    assert best["kl"] == pytest.approx([0, math.log(2) - 1 / 2, math.log(4) - 3 / 4])
+    assert len(ppo["path"]) == 2 and ppo["kl"] == pytest.approx(np.mean([s["kl"] for s in samples]))
+    if importlib.util.find_spec("matplotlib"):
+        frontier.main(["--draw", "--out_dir", str(tmp_path)])
+        assert (tmp_path / "frontier.png").read_bytes()[1:4] == b"PNG"
+    with pytest.raises(SystemExit) as caught:
+        frontier.main(["--draw", "--out_dir", str(tmp_path / "no")])
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("frontier.py: [Errno 2]")
 
 
 # =================================================================================================
