@@ -13,6 +13,7 @@ test are the ones that train; the lists they are held against are written here, 
     python -m pytest test_rlhf.py                     everything, in about a minute
     python -m pytest test_rlhf.py -s -k variance      one claim, with the figures it prints
 """
+import ast
 import copy
 import dataclasses
 import functools
@@ -23,6 +24,7 @@ import math
 import os
 import random
 import re
+import runpy
 import signal
 import struct
 import subprocess
@@ -2451,7 +2453,7 @@ def test_evaluate_compares_both_policies_on_the_same_prompts(judged_by_truth):
 
 
 def explained(capsys, first_run, *arguments):
-    """What `explain` prints: text, {column: (T,)}, tokens, which are clipped, {formula: numbers}."""
+    """What `explain` prints: text, {column: (T,)}, tokens, which are clipped, {formula: sum}."""
     rlhf.main(["explain", "--out_dir", str(first_run.out), *map(str, arguments)])
     text = capsys.readouterr().out
     lines = text.splitlines()
@@ -2596,6 +2598,145 @@ def test_the_frontier_measures_ppo_and_best_of_n_and_goes_on_where_it_was(
     with pytest.raises(SystemExit) as caught:
         frontier.main(["--draw", "--out_dir", str(tmp_path / "no")])
     assert caught.value.code == 2 and capsys.readouterr().err.startswith("frontier.py: [Errno 2]")
+
+
+LINE_LINK = re.compile(r"\[`(\w+)`\]\(([\w./]+\.py)#L(\d+)\)")  # [`gae`](rlhf.py#L300)
+FILE = re.compile(r"[\w/*-]*\w\.(?:py|md|jsonl?|txt|tiktoken|png|pt|bin|safetensors)\b")
+REFRESH = "python -c 'import test_rlhf; test_rlhf.refresh_links()'"
+
+
+@functools.cache
+def definitions(path):
+    """{name: its line} of the functions and classes of a file, the first where there are more."""
+    lines = enumerate(path.read_text("utf-8").splitlines(), 1)
+    found = [(m[1], i) for i, line in lines if (m := re.match(r" *(?:def|class) (\w+)", line))]
+    return dict(reversed(found))
+
+
+@functools.cache
+def known_names():
+    """Every name in the program's code and every word of its strings; no comment or docstring."""
+    names = set(definitions(REPO / "test_rlhf.py"))
+    for path in [REPO / "rlhf.py", REPO / "model.py", *(REPO / "data").glob("*.py")]:
+        tree = ast.parse(path.read_text("utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            for field in ("name", "arg", "id", "attr", "module"):
+                names.update(str(getattr(node, field, "")).split("."))
+            if isinstance(getattr(node, "value", None), str) and id(node) not in docstrings:
+                names.update(node.value.split())
+        names.add(path.stem)
+    return names
+
+
+def faults(text, folder=REPO):
+    """What a page of prose names and is not there: links, lines, tests, commands, flags, files,
+    and in `code` any name."""
+    text, tests, bad = re.sub(r"https?://[^\s)]+", "", text), definitions(REPO / "test_rlhf.py"), []
+
+    def need(ok, fault):
+        bad.extend([] if ok else [fault])
+
+    for target in re.findall(r"\]\(([^)#]*)[^)]*\)", text):
+        need((folder / target).exists(), f"no file {target}")
+    for label, target in re.findall(r"\[([^][]*)\]\(([^)]*#L[^)]*)\)", text):
+        need(LINE_LINK.match(f"[{label}]({target})"), f"{target} is not linked by a `name`")
+    for name, path, line in LINE_LINK.findall(text):
+        at = definitions(folder / path).get(name) if (folder / path).exists() else None
+        need(at == int(line), f"{path}#L{line} is not {name}, which is at {at}; {REFRESH}")
+    for name in re.findall(r"\btest_\w+", text):
+        need(name in tests or name == "test_rlhf", f"no test {name}")
+    for part in re.findall(r"pytest.* -k (\w+)", text):
+        need(any(part in name for name in tests), f"no test with {part} in its name")
+    for word in re.findall(r"python3? rlhf\.py ([a-z]\w*)", text):
+        need(word in ("run", "sample", "explain"), f"no command {word}")
+    for flag in re.findall(r"(?<![\w-])--[a-z]\w*", text):
+        need(flag in known_names() or hasattr(Config, flag[2:]), f"no flag {flag}")
+    for name in FILE.findall(text):
+        there = (REPO / name).exists() or (folder / name).exists()
+        need(there or Path(name).name in known_names(), f"no file {name}")
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for name in re.findall(r"`([A-Za-z_][\w.]*)(?:\([^()`]*\))?`", prose):
+        for part in [] if FILE.fullmatch(name) else name.split("."):
+            need(part in known_names(), f"no {part} in the code")
+    return bad
+
+
+def refresh_links():
+    """Set the line numbers of the README's links to those of the definitions."""
+    page = REPO / "README.md"
+    page.write_text(LINE_LINK.sub(
+        lambda m: f"[`{m[1]}`]({m[2]}#L{definitions(REPO / m[2]).get(m[1], m[3])})",
+        page.read_text("utf-8")), "utf-8")
+
+
+@pytest.mark.parametrize("page", ["README.md", "data/README.md"])
+def test_what_the_prose_names_is_there(page):
+    """Functions, flags, files, tests, and the line of each link."""
+    path = REPO / page
+    assert not faults(path.read_text("utf-8"), path.parent), "\n".join(
+        faults(path.read_text("utf-8"), path.parent))
+
+
+@pytest.mark.parametrize("text, fault", [
+    ("`gae`, `gae(rewards, values)`, `Config.lam`, `lm.pt`, `--kl_coef`, `data/curves.py`", None),
+    ("`gea`", "no gea "), ("`Config.lamb`", "no lamb "), ("`rollout_all(x)`", "no rollout_all "),
+    ("python rlhf.py --kl_coeff 1", "no flag --kl_coeff"), ("`data/maker.py`", "no file data/maker"),
+    ("`lmm.pt`", "no file lmm.pt"), ("as `test_gae_by_heart` shows", "no test test_gae_by_heart"),
+    ("pytest -k no_such", "no test with no_such"), ("python rlhf.py trian", "no command trian"),
+    ("[x](data/none.md)", "no file data/none.md"), ("![p](data/none.png)", "no file data/none.png"),
+    ("[here](rlhf.py#L1)", "rlhf.py#L1 is not linked by"), ("[`gae`](rlhf.py#L1)", "is not gae"),
+    ("[`gea`](rlhf.py#L1)", "is not gea, which is at None")])
+def test_prose_that_names_what_is_not_there_is_caught(text, fault):
+    """Each kind of fault, planted: else the test above could not fail."""
+    assert (fault is None and not faults(text)) or any(fault in found for found in faults(text))
+
+
+def test_the_readme_follows_the_lecture_and_its_equations_are_closed():
+    """25 chapters in the order of their time stamps, each with an equation and a link to code."""
+    page = (REPO / "README.md").read_text("utf-8")
+    sections = page.split("\n## The derivation")[1].split("\n## ")[0].split("\n### ")[1:]
+    times = [[int(x) for x in section.splitlines()[0].split(" · ")[1].split(":")]
+             for section in sections]
+    seconds = [functools.reduce(lambda total, x: 60 * total + x, time) for time in times]
+    assert len(sections) == 25 and seconds == sorted(seconds)
+    for section in sections:
+        title = section.splitlines()[0]
+        equation = re.findall(r"```math\n(.*?)\n```", section, re.DOTALL)
+        assert len(equation) == 1 and LINE_LINK.search(section), title
+        assert re.search(r"\[`test_\w+`\]\(test_rlhf.py#L", section), title
+        assert equation[0].count("{") == equation[0].count("}"), title
+        assert not re.search(r"\\operatorname|\\text\{[^}]*_", equation[0]), title  # GitHub refuses
+        assert section.count("```") % 2 == 0, title
+
+
+def test_importing_defines_and_does_nothing_else(monkeypatch, tmp_path):
+    """No line printed, no file opened to write, no generator touched."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.print", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("builtins.open", lambda *a, **k: 1 / 0)
+    before = torch.get_rng_state(), random.getstate(), torch.get_num_threads()
+    for name in ("rlhf.py", "model.py", "data/dataset.py", "data/annotator.py"):
+        assert runpy.run_path(str(REPO / name), run_name="imported")
+    assert torch.equal(torch.get_rng_state(), before[0]) and not os.listdir(tmp_path)
+    assert (random.getstate(), torch.get_num_threads()) == before[1:]
+
+
+def test_the_notebook_lines_of_the_readme_run_every_stage(first_run, monkeypatch, capsys):
+    """The very lines, under a Config of reduced size."""
+    section = (REPO / "README.md").read_text("utf-8").split("## From a notebook")[1]
+    lines = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    monkeypatch.setattr(rlhf, "Config", lambda **given: Config(
+        **SIZES | {"data_dir": str(first_run.data), "out_dir": "nowhere"} | given))
+    names = {}
+    exec(lines, names)
+    assert not (REPO / "nowhere").exists()
+    loss = rlhf.language_model_loss(names["lm"], names["data"].train.documents)
+    assert loss < 0.99 * math.log(1024)  # better than no idea at all
+    accuracy = rlhf.reward_model_accuracy(names["reward_model"], names["data"].train.pairs)
+    assert accuracy > 0.5 and len(names["history"]) == 3 and len(names["samples"]) == 6
+    assert not torch.equal(names["policy"].gpt.wte.weight, names["lm"].wte.weight)
+    assert capsys.readouterr().out.startswith(str(names["record"]["win_rate"]))
 
 
 # =================================================================================================
