@@ -177,7 +177,8 @@ def main(argv=None):
             records = dataset.read_records(out / "frontier.jsonl")
         else:
             folder = str(out / "frontier" / "seed")
-            records = study([rlhf.Config(seed=seed, kl_coef=kl_coef, out_dir=f"{folder}{seed}")
+            records = study([rlhf.Config(seed=seed, kl_coef=kl_coef, out_dir=f"{folder}{seed}",
+                                         eval_prompts=256)
                              for seed in words.seeds for kl_coef in words.kl_coefs], out)
         print(draw(records, out))
     except KeyboardInterrupt:
