@@ -1058,7 +1058,7 @@ def summarize(record, samples, out):
 
 
 def load_models(config):
-    """(language model, reward model, policy, Config) of a finished run in out_dir.
+    """(language model, reward model, policy, Config, tokenizer) of a finished run in out_dir.
 
     The Config is the run's own, but for what `config` sets otherwise than by default, and its seed.
     """
@@ -1072,19 +1072,19 @@ def load_models(config):
             model = {"reward_model": RewardModel, "ppo": ActorCritic}.get(stage, lambda g: g)(model)
             model.load_state_dict(checkpoint["weights"])
             settings = dataclasses.asdict(Config(**checkpoint["config"]))
-        except (KeyError, TypeError, RuntimeError):
-            raise ValueError(f"{out / name}: not written by this version; run python rlhf.py "
-                             "again") from None
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{out / name}: not a checkpoint of this version's "
+                             f"({type(error).__name__})") from None
         models.append(model.to(pick_device(config.device)))
     chosen = {name: value for name, value in dataclasses.asdict(config).items()
               if value != getattr(Config, name)}
-    return *models, Config(**settings | chosen | {"seed": config.seed})
+    config = Config(**settings | chosen | {"seed": config.seed})
+    return *models, config, dataset.tokenizer_of(config.data_dir)
 
 
 def sample(config, prompt, n=3):
     """Continuations of a prompt by the language model and the PPO policy, side by side."""
-    lm, reward_model, policy, config = load_models(config)
-    encoding = dataset.tokenizer_of(config.data_dir)
+    lm, reward_model, policy, config, encoding = load_models(config)
     eos, tokens = lm.config.eos_token, encoding.encode_ordinary(prompt)
     columns = []
     for model, name in ((lm, "language model"), (policy, "PPO policy")):
@@ -1111,13 +1111,13 @@ def explain(config, prompt, step):
 
     prompt: a text; None takes a held-out one    step: 0 for the policy as PPO found it, else None
     """
-    lm, reward_model, policy, config = load_models(config)
+    lm, reward_model, policy, config, encoding = load_models(config)
     if step == 0:
         policy = ActorCritic(lm)
     if prompt is None:
         samples = dataset.read_records(Path(config.out_dir) / "samples.jsonl")
         prompt = samples[config.seed % len(samples)]["prompt"]
-    encoding, eos = dataset.tokenizer_of(config.data_dir), lm.config.eos_token
+    eos = lm.config.eos_token
     e = collect(policy, lm, lambda r: reward_scores(reward_model, r),
                 [[eos, *encoding.encode_ordinary(prompt)]], config,
                 seeded(config.seed, "explain", 0))

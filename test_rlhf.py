@@ -2496,8 +2496,7 @@ def test_the_columns_of_explain_are_tied_by_the_equations_of_the_derivation(firs
 
 def test_explain_reads_the_policy_of_the_run_or_the_untrained_one(first_run, capsys):
     """log π, log π_ref and V by a pass over each state; step 0: π = π_ref and V = 0."""
-    models = rlhf.load_models(first_run.config)
-    encoding = dataset.tokenizer_of(first_run.config.data_dir)
+    *models, _, encoding = rlhf.load_models(first_run.config)
     prompt = dataset.read_records(first_run.out / "samples.jsonl")[1]["prompt"]
     x = [1023, *encoding.encode_ordinary(prompt)]
     for flags, policy in ([], models[2]), (["--step", 0], ActorCritic(models[0])):
@@ -2550,7 +2549,7 @@ def test_what_explain_cannot_do_is_one_line(first_run, tmp_path, capsys):
     for key, value in (("config", {"no_such_field": 1}), ("weights", {})):
         save_checkpoint(out / "policy.pt", checkpoint | {key: value})
         for arguments in (["explain"], ["sample", "The"]):
-            assert "not written by this version" in refused(capsys, *arguments, "--out_dir", out)
+            assert "not a checkpoint of this version's" in refused(capsys, *arguments, "--out_dir", out)
 
 
 def test_best_of_n_is_averaged_over_all_subsets_of_n_samples():

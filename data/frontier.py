@@ -55,7 +55,7 @@ def moments(name, rewards):
 
 def best_of_n(config, data, samples=SAMPLES, prompts=PROMPTS):
     """Both rewards of the response that the reward model likes best of n, n = 1, 2, 4, …"""
-    lm, reward_model, _, config = rlhf.load_models(config)
+    lm, reward_model, _, config, _ = rlhf.load_models(config)
     true_reward, eos = rlhf.true_reward_fn(data), lm.config.eos_token
     scores = {name: [] for name in COLOURS}
     for i, prompt in enumerate(data.held_out.prompts[:prompts]):
