@@ -2549,7 +2549,8 @@ def test_what_explain_cannot_do_is_one_line(first_run, tmp_path, capsys):
     for key, value in (("config", {"no_such_field": 1}), ("weights", {})):
         save_checkpoint(out / "policy.pt", checkpoint | {key: value})
         for arguments in (["explain"], ["sample", "The"]):
-            assert "not a checkpoint of this version's" in refused(capsys, *arguments, "--out_dir", out)
+            line = refused(capsys, *arguments, "--out_dir", out)
+            assert "policy.pt: not a checkpoint of this version's" in line
 
 
 def test_best_of_n_is_averaged_over_all_subsets_of_n_samples():
@@ -2680,7 +2681,7 @@ def test_what_the_prose_names_is_there(page):
 @pytest.mark.parametrize("text, fault", [
     ("`gae`, `gae(rewards, values)`, `Config.lam`, `lm.pt`, `--kl_coef`, `data/curves.py`", None),
     ("`gea`", "no gea "), ("`Config.lamb`", "no lamb "), ("`rollout_all(x)`", "no rollout_all "),
-    ("python rlhf.py --kl_coeff 1", "no flag --kl_coeff"), ("`data/maker.py`", "no file data/maker"),
+    ("python rlhf.py --kl_coeff 1", "no flag --kl_coeff"), ("`data/mak.py`", "no file data/mak"),
     ("`lmm.pt`", "no file lmm.pt"), ("as `test_gae_by_heart` shows", "no test test_gae_by_heart"),
     ("pytest -k no_such", "no test with no_such"), ("python rlhf.py trian", "no command trian"),
     ("[x](data/none.md)", "no file data/none.md"), ("![p](data/none.png)", "no file data/none.png"),
