@@ -19,6 +19,7 @@ import hashlib
 import inspect
 import itertools
 import math
+import os
 import re
 import shutil
 import signal
@@ -841,7 +842,7 @@ def evaluate(policy, reference, reward_fn, prompts, config, true_reward_fn=None)
 
 
 # =================================================================================================
-# The command line: run, sample
+# The command line: run, sample, explain
 # =================================================================================================
 
 FILES = {"language_model": "lm.pt", "reward_model": "reward.pt", "ppo": "policy.pt"}
@@ -1089,21 +1090,34 @@ def summarize(record, samples, out):
           f"{curves.draw(out)}")
 
 
-def sample(config, prompt, n=3):
-    """Continuations of a prompt by the language model and the PPO policy, side by side."""
-    out, models = Path(config.out_dir), {}
+def load_models(config):
+    """(language model, reward model, policy, Config, tokenizer) of a finished run in out_dir.
+
+    The Config is the run's own, but for what `config` sets otherwise than by default, and its seed.
+    """
+    out, models = Path(config.out_dir), []
     for stage, name in FILES.items():
         if not (out / name).exists():
             raise ValueError(f"{out / name}: no such file; run python rlhf.py first")
         checkpoint = load_checkpoint(out / name)
-        gpt = GPT(GPTConfig(**checkpoint["model"]))
-        model = {"language_model": lambda g: g, "reward_model": RewardModel,
-                 "ppo": ActorCritic}[stage](gpt)
-        model.load_state_dict(checkpoint["weights"])
-        models[stage] = model.to(pick_device(config.device))
-    lm, reward_model, policy = models.values()
-    config = Config(**checkpoint["config"] | {"seed": config.seed})
-    encoding = dataset.tokenizer_of(config.data_dir)
+        try:
+            model = GPT(GPTConfig(**checkpoint["model"]))
+            model = {"reward_model": RewardModel, "ppo": ActorCritic}.get(stage, lambda g: g)(model)
+            model.load_state_dict(checkpoint["weights"])
+            settings = dataclasses.asdict(Config(**checkpoint["config"]))
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{out / name}: not a checkpoint of this version's "
+                             f"({type(error).__name__})") from None
+        models.append(model.to(pick_device(config.device)))
+    chosen = {name: value for name, value in dataclasses.asdict(config).items()
+              if value != getattr(Config, name)}
+    config = Config(**settings | chosen | {"seed": config.seed})
+    return *models, config, dataset.tokenizer_of(config.data_dir)
+
+
+def sample(config, prompt, n=3):
+    """Continuations of a prompt by the language model and the PPO policy, side by side."""
+    lm, reward_model, policy, config, encoding = load_models(config)
     eos, tokens = lm.config.eos_token, encoding.encode_ordinary(prompt)
     columns = []
     for model, name in ((lm, "language model"), (policy, "PPO policy")):
@@ -1125,8 +1139,86 @@ def sample(config, prompt, n=3):
         print()
 
 
+def explain(config, prompt, step):
+    """One trajectory as a table: every column of the derivation, and the sums that tie them.
+
+    prompt: a text; None takes a held-out one    step: 0 for the policy as PPO found it, else None
+    """
+    lm, reward_model, policy, config, encoding = load_models(config)
+    if step == 0:
+        policy = ActorCritic(lm)
+    if prompt is None:
+        samples = dataset.read_records(Path(config.out_dir) / "samples.jsonl")
+        prompt = samples[config.seed % len(samples)]["prompt"]
+    eos = lm.config.eos_token
+    e = collect(policy, lm, lambda r: reward_scores(reward_model, r),
+                [[eos, *encoding.encode_ordinary(prompt)]], config,
+                seeded(config.seed, "explain", 0))
+    ppo_update(policy, make_optimizer(policy, config.ppo_lr, (0.9, 0.999), 1e-5), e, config)
+    with torch.no_grad():
+        logits, _ = forward_responses(policy, e, config.temperature)
+    ratio = (gather_log_probs(logits, e.actions) - e.log_probs).exp()      # (1, T)
+    columns = trajectory_columns(e, ratio, config)
+
+    actions, P = e.actions[0].tolist(), int(e.prompt_lengths[0])
+    tokens = ["<end>" if a == eos else encoding.decode([a], "replace") for a in actions]
+    response = encoding.decode([a for a in actions if a != eos], "replace")
+    print(textwrap.fill(" ".join(f"{prompt}|{response}".split()), 79))
+    print(f"\n{'untrained' if step == 0 else 'trained'} policy; P = {P} tokens of prompt, so row t "
+          f"is read at position {P - 1} + t\n")
+    print("\n".join(trajectory_table(columns, tokens, config.clip)))
+    print(f"\nratio: clip(π_new / π, 1 ± {config.clip:g}) after one update on this trajectory "
+          "alone,\nwhich raises it where A is above its mean; * where it was clipped\n")
+    if not ends(e, eos) and config.missing_eos_score is not None:
+        print("the response was cut: its score is missing_eos_score")
+    print("\n".join(trajectory_sums(columns, float(e.scores), config)))
+
+
+def trajectory_columns(e, ratio, config):
+    """{name: list of T numbers} of the one trajectory in `e`; log ref is log π_ref(a_t|s_t)."""
+    columns = {"log π": e.log_probs, "log ref": e.ref_log_probs,
+               "KL": e.log_probs - e.ref_log_probs, "r": e.rewards,
+               "to-go": rewards_to_go(e.rewards, e.mask, config.gamma), "V": e.values,
+               "δ": gae(e.rewards, e.values, e.mask, config.gamma, lam=0.0), "A": e.advantages,
+               "ratio": ratio}
+    return {name: values[0].tolist() for name, values in columns.items()}
+
+
+def trajectory_table(columns, tokens, clip):
+    """Lines of at most 80 columns: names, then one a time step. A space in a token shows as ·"""
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    widths = [7 if name in ("log π", "log ref", "KL") else 6 for name in columns]
+    lines = [f" t {'token':9} " + " ".join(f"{n:>{w}}" for n, w in zip(columns, widths))]
+    for t, (token, *row) in enumerate(zip(tokens, *columns.values())):
+        token, ratio = repr(token)[1:-1].replace(" ", "·")[:9], row[-1]
+        row[-1] = min(max(ratio, 1 - clip), 1 + clip)
+        cells = [f"{x:{width}.3f}" for x, width in zip(row, widths)]
+        if colour:  # the advantage: green where the action did better than V expected, else red
+            cells[-2] = f"\033[{32 if row[-2] > 0 else 31}m{cells[-2]}\033[0m"
+        lines.append(f"{t:2} {token:9} {' '.join(cells)}{'*' * (row[-1] != ratio)}")
+    return lines
+
+
+def trajectory_sums(columns, score, config):
+    """Lines that tie the columns together; what would stand after the last step is 0."""
+    beta, gamma, lam = config.kl_coef, config.gamma, config.lam
+    r, to_go, V, delta, A = (columns[name] + [0.0] for name in ("r", "to-go", "V", "δ", "A"))
+    kl, telescoped = sum(columns["KL"]), sum(gamma**t * d for t, d in enumerate(delta))
+    lines = (
+        ("Σ r = score - β Σ KL", f"{sum(r):.3f} = {score:.3f} - {beta:g} · {kl:.3f}"),
+        ("to-go_0 = r_0 + γ to-go_1", f"{to_go[0]:.3f} = {r[0]:.3f} + {gamma:g} · {to_go[1]:.3f}"),
+        ("δ_0 = r_0 + γ V_1 - V_0",
+         f"{delta[0]:.3f} = {r[0]:.3f} + {gamma:g} · {V[1]:.3f} - {V[0]:.3f}"),
+        ("A_0 = δ_0 + γλ A_1", f"{A[0]:.3f} = {delta[0]:.3f} + {gamma * lam:g} · {A[1]:.3f}"),
+        ("Σ γ^t δ_t = to-go_0 - V_0", f"{telescoped:.3f} = {to_go[0]:.3f} - {V[0]:.3f}"),
+        ("A_0+V_0 = r_0 + γ (V_1 + λA_1)",
+         f"{A[0] + V[0]:.3f} = {r[0]:.3f} + {gamma:g} · ({V[1]:.3f} + {lam:g} · {A[1]:.3f})"))
+    lines = [f"{formula:30}  {numbers}" for formula, numbers in lines]
+    return [*lines, "A_0+V_0 is the return, which V(s_0) is trained towards"]
+
+
 def parse(argv):
-    """(command, prompt, Config, --fresh) of the command line; if wrong, one line and exit 2."""
+    """(command, prompt, Config, --fresh, --step) as given; if wrong, one line and exit 2."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             self.exit(2, f"rlhf.py: {message}; see --help\n")
@@ -1136,10 +1228,13 @@ def parse(argv):
 
     parser = Parser(prog="rlhf.py", allow_abbrev=False,
                     description="RLHF: language model, reward model, PPO, evaluation.")
-    parser.add_argument("command", nargs="?", default="run", choices=("run", "sample"),
-                        help="run: all stages; sample PROMPT: continuations before and after")
-    parser.add_argument("prompt", nargs="?", help="for sample")
+    parser.add_argument("command", nargs="?", default="run", choices=("run", "sample", "explain"),
+                        help="run: all stages; sample PROMPT: continuations before and after; "
+                        "explain [PROMPT]: one trajectory as a table")
+    parser.add_argument("prompt", nargs="?", help="for sample and explain")
     parser.add_argument("--fresh", action="store_true", help="load no checkpoint, start over")
+    parser.add_argument("--step", type=int, choices=(0,), metavar="0",
+                        help="for explain: the policy before PPO")
     types = {field.name: field.type for field in dataclasses.fields(Config)}
     for group, fields in field_groups().items():
         section = parser.add_argument_group(group)
@@ -1149,24 +1244,28 @@ def parse(argv):
             section.add_argument(*flags, dest=name, type=kind, metavar="X",
                                  default=getattr(Config, name),
                                  help=f"{comment.replace('%', '%%')} (%(default)s)")
-    words = vars(parser.parse_args(argv))
-    command, prompt, fresh = (words.pop(name) for name in ("command", "prompt", "fresh"))
-    if (command == "sample") != (prompt is not None):
+    words = vars(parser.parse_intermixed_args(argv))
+    command, prompt, fresh, step = (words.pop(n) for n in ("command", "prompt", "fresh", "step"))
+    if command != "explain" and (command == "sample") != (prompt is not None):
         parser.error("sample needs a prompt" if prompt is None else f"what is {prompt!r}?")
+    if command != "explain" and step is not None:
+        parser.error("--step is for explain")
     try:
-        return command, prompt, Config(**words), fresh
+        return command, prompt, Config(**words), fresh, step
     except ValueError as error:
         parser.error(str(error))
 
 
 def main(argv=None):
     """Entry of the command line. What a user can get wrong is one line and exit status 2."""
-    command, prompt, config, fresh = parse(argv)
+    command, prompt, config, fresh, step = parse(argv)
     pressed = []
     signal.signal(signal.SIGINT, lambda *_: pressed.append(1) if not pressed else sys.exit(130))
     try:
         if command == "sample":
             sample(config, prompt)
+        elif command == "explain":
+            explain(config, prompt, step)
         else:
             run(config, fresh, lambda: bool(pressed))
     except KeyboardInterrupt:

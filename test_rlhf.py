@@ -13,6 +13,7 @@ test are the ones that train; the lists they are held against are written here, 
     python -m pytest test_rlhf.py                     everything, in about a minute
     python -m pytest test_rlhf.py -s -k variance      one claim, with the figures it prints
 """
+import ast
 import copy
 import dataclasses
 import functools
@@ -22,6 +23,8 @@ import json
 import math
 import os
 import random
+import re
+import runpy
 import signal
 import struct
 import subprocess
@@ -35,7 +38,7 @@ import torch
 import torch.nn.functional as F
 
 import rlhf
-from data import annotator, curves, dataset
+from data import annotator, curves, dataset, frontier
 from model import (GPT, ActorCritic, GPTConfig, RewardModel, load_checkpoint, read_safetensors,
                    save_checkpoint)
 from rlhf import (Config, Experience, Rollout, adapt_kl_coef, collect, entropy, gae,
@@ -2445,6 +2448,296 @@ def test_evaluate_compares_both_policies_on_the_same_prompts(judged_by_truth):
 
 
 # =================================================================================================
+# The program: beside the maths
+# =================================================================================================
+
+
+def explained(capsys, first_run, *arguments):
+    """What `explain` prints: text, {column: (T,)}, tokens, which are clipped, {formula: sum}."""
+    rlhf.main(["explain", "--out_dir", str(first_run.out), *map(str, arguments)])
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith(" t token"))
+    names = re.split(" +", lines[at][13:].replace("log ", "log-").strip())
+    rows = [line.split() for line in lines[at + 1:lines.index("", at)]]
+    assert all(len(row) == 2 + len(names) and row[0] == str(t) for t, row in enumerate(rows))
+    columns = {name: np.array([float(row[2 + i].rstrip("*")) for row in rows])
+               for i, name in enumerate(names)}
+    sums = dict(re.match(r"(.+?)  +(-?[\d.]+ = .+)", line).groups() for line in lines
+                if re.search(r"  -?[\d.]+ = ", line))
+    return text, columns, [row[1] for row in rows], [row[-1][-1] == "*" for row in rows], sums
+
+
+def test_the_columns_of_explain_are_tied_by_the_equations_of_the_derivation(first_run, capsys):
+    """KL, r_t, Σ γ^k r_{t+k}, δ_t, Σ (γλ)^k δ_{t+k}: the printed table, recomputed as sums."""
+    beta, gamma, lam = 0.3, 0.9, 0.7
+    text, c, tokens, _, sums = explained(capsys, first_run, "The acting in", "--kl_coef", beta,
+                                         "--gamma", gamma, "--lam", lam, "--missing_eos_score=-2")
+    assert list(c) == ["log-π", "log-ref", "KL", "r", "to-go", "V", "δ", "A", "ratio"]
+    T, score = len(tokens), float(re.search(r"Σ r .* = (-?[\d.]+) - 0.3 · ", text)[1])
+    V = np.append(c["V"], 0)
+    for t in range(T):
+        k = np.arange(T - t)
+        for name, expected in (
+                ("KL", c["log-π"][t] - c["log-ref"][t]),
+                ("r", -beta * c["KL"][t] + (score if t == T - 1 else 0)),
+                ("to-go", (gamma**k * c["r"][t:]).sum()),
+                ("δ", c["r"][t] + gamma * V[t + 1] - V[t]),
+                ("A", ((gamma * lam)**k * c["δ"][t:]).sum())):
+            assert c[name][t] == pytest.approx(expected, abs=0.004), (t, name)
+    assert T > 2 and all(np.abs(c[name]).max() > 0.005 for name in c)
+    assert ("was cut" in text) == (tokens[-1] != "<end>") == (score == -2)
+    assert len(sums) == 6
+    for formula, numbers in sums.items():  # a pocket calculator
+        left, right = numbers.split(" = ")
+        assert eval(right.replace("·", "*")) == pytest.approx(float(left), abs=0.004), formula
+    assert text.startswith("The acting in|") and max(map(len, text.splitlines())) <= 80
+
+
+def test_explain_reads_the_policy_of_the_run_or_the_untrained_one(first_run, capsys):
+    """log π, log π_ref and V by a pass over each state; step 0: π = π_ref and V = 0."""
+    *models, _, encoding = rlhf.load_models(first_run.config)
+    prompt = dataset.read_records(first_run.out / "samples.jsonl")[1]["prompt"]
+    x = [1023, *encoding.encode_ordinary(prompt)]
+    for flags, policy in ([], models[2]), (["--step", 0], ActorCritic(models[0])):
+        text, c, tokens, _, _ = explained(capsys, first_run, *flags, "--seed", 1)
+        assert " ".join(text.split()).startswith(" ".join(prompt.split()) + "|")
+        assert f"P = {len(x)} tokens" in text and f"position {len(x) - 1} + t" in text
+        y = rollout(policy, [x], 8, 1023, 1.0, rlhf.seeded(1, "explain", 0)).actions[0].tolist()
+        assert len(y) == len(tokens)
+        for t, a in enumerate(y):
+            _, values = policy(torch.tensor([x + y[:t]]))
+            for name, value in (("log-π", log_pi(policy, x + y[:t])[a]), ("V", values[0, -1]),
+                                ("log-ref", log_pi(models[0], x + y[:t])[a])):
+                assert c[name][t] == pytest.approx(value.item(), abs=0.001), (t, name)
+        assert ("untrained" in text) == (not c["KL"].any()) == (not c["V"].any()) == bool(flags)
+
+
+def test_the_ratios_of_explain_are_those_after_one_update(first_run, capsys):
+    """clip(ρ_t): 1 at a learning rate of 0; else up where A is above its mean; * beyond 1 ± ε."""
+    _, c, _, clipped, _ = explained(capsys, first_run, "The acting in", "--ppo_lr", 1e-12)
+    assert (c["ratio"] == 1).all() and not any(clipped)
+    _, c, _, clipped, _ = explained(capsys, first_run, "The acting in", "--clip", 0.003)
+    edge = np.isin(c["ratio"], (0.997, 1.003))
+    assert (c["ratio"][clipped] != 1).all() and edge[clipped].all() and any(clipped)
+    assert (np.abs(c["ratio"] - 1) < 0.0031).all()
+    _, c, _, _, _ = explained(capsys, first_run, "The acting in", "--clip", 0.5)
+    assert ((c["A"] - c["A"].mean()) * (c["ratio"] - 1)).sum() > 0
+
+
+def test_explain_is_in_colour_on_a_terminal_only_and_not_where_no_color_is_set(
+        first_run, capsys, monkeypatch):
+    """A in green above 0, else in red; without the colours the text is the same."""
+    plain, c, *_ = explained(capsys, first_run, "The")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert explained(capsys, first_run, "The")[0] == plain and "\033" not in plain
+    monkeypatch.delenv("NO_COLOR")
+    rlhf.main(["explain", "--out_dir", str(first_run.out), "The"])
+    coloured = capsys.readouterr().out
+    assert re.sub(r"\033\[\d+m", "", coloured) == plain
+    assert [code == "32" for code in re.findall(r"\033\[(3\d)m", coloured)] == (c["A"] > 0).tolist()
+
+
+def test_what_explain_cannot_do_is_one_line(first_run, tmp_path, capsys):
+    """No run, a step that was not kept, files of another version."""
+    assert "lm.pt: no such file" in refused(capsys, "explain", "--out_dir", tmp_path)
+    assert "--step" in refused(capsys, "explain", "--step", "3")
+    assert "--step is for explain" in refused(capsys, "--step", "0")
+    out = copied(first_run, tmp_path)
+    checkpoint = load_checkpoint(out / "policy.pt")
+    for key, value in (("config", {"no_such_field": 1}), ("weights", {})):
+        save_checkpoint(out / "policy.pt", checkpoint | {key: value})
+        for arguments in (["explain"], ["sample", "The"]):
+            line = refused(capsys, *arguments, "--out_dir", out)
+            assert "policy.pt: not a checkpoint of this version's" in line
+
+
+def test_best_of_n_is_averaged_over_all_subsets_of_n_samples():
+    """E[value of the best-scored of n]: by weights, and by listing every subset."""
+    scores, values = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0)).double()
+    for n in (1, 2, 5, 6):
+        listed = [values[row, max(subset, key=lambda i: scores[row, i])]
+                  for row in range(3) for subset in itertools.combinations(range(6), n)]
+        assert frontier.expected_best(scores, values, n) == pytest.approx(float(np.mean(listed)))
+
+
+def test_the_frontier_measures_ppo_and_best_of_n_and_goes_on_where_it_was(
+        tmp_path, monkeypatch, capsys, no_picture):
+    """KL of best-of-n is log n − (n−1)/n; gains are in std of the language model; done is done."""
+    data = small_data(tmp_path / "data")
+    (data / "tokenizer.tiktoken").write_bytes(SHIPPED_RANKS)
+    monkeypatch.setattr(dataset, "SHIPPED", data.resolve())
+    configs = [Config(**SIZES | {"ppo_iterations": 2, "kl_coef": kl_coef}, data_dir=str(data),
+                      out_dir=str(tmp_path / "frontier" / "seed0")) for kl_coef in (0.0, 0.5)]
+    real = frontier.best_of_n
+    monkeypatch.setattr(frontier, "best_of_n", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # stopped in the last of three jobs
+        frontier.study(configs, tmp_path, samples=4, prompts=2)
+    monkeypatch.setattr(frontier, "best_of_n", real)
+    monkeypatch.setattr(frontier, "ppo", lambda *a: 1 / 0)  # and goes on there
+    records = frontier.study(configs, tmp_path, samples=4, prompts=2)
+    assert records == frontier.study(configs, tmp_path, samples=4, prompts=2)
+    assert records == dataset.read_records(tmp_path / "frontier.jsonl")
+    assert [(r["method"], r.get("kl_coef")) for r in records] == [
+        ("ppo", 0.0), ("ppo", 0.5), ("best_of_n", None)]
+    ppo, best = records[1], records[2]
+    samples = dataset.read_records(tmp_path / "frontier" / "seed0" / "samples.jsonl")
+    for name in ("reward", "true_reward"):
+        lm = [sample[f"{name}_lm"] for sample in samples]
+        assert ppo[name] == pytest.approx(np.mean([sample[f"{name}_ppo"] for sample in samples]))
+        assert frontier.gain(ppo, name, max(lm)) == pytest.approx(
+            (max(lm) - np.mean(lm)) / np.std(lm, ddof=1))
+        assert best[name][0] == pytest.approx(best[f"{name}_lm"])  # the best of 1 is any
+    assert best["n"] == [1, 2, 4] and best["reward"] == sorted(best["reward"])
+    assert best["kl"] == pytest.approx([0, math.log(2) - 1 / 2, math.log(4) - 3 / 4])
+    assert len(ppo["path"]) == 2 and ppo["kl"] == pytest.approx(np.mean([s["kl"] for s in samples]))
+    if importlib.util.find_spec("matplotlib"):
+        frontier.main(["--draw", "--out_dir", str(tmp_path)])
+        assert (tmp_path / "frontier.png").read_bytes()[1:4] == b"PNG"
+    with pytest.raises(SystemExit) as caught:
+        frontier.main(["--draw", "--out_dir", str(tmp_path / "no")])
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("frontier.py: [Errno 2]")
+
+
+LINE_LINK = re.compile(r"\[`(\w+)`\]\(([\w./]+\.py)#L(\d+)\)")  # [`gae`](rlhf.py#L300)
+FILE = re.compile(r"[\w/*-]*\w\.(?:py|md|jsonl?|txt|tiktoken|png|pt|bin|safetensors)\b")
+REFRESH = "python -c 'import test_rlhf; test_rlhf.refresh_links()'"
+
+
+@functools.cache
+def definitions(path):
+    """{name: its line} of the functions and classes of a file, the first where there are more."""
+    lines = enumerate(path.read_text("utf-8").splitlines(), 1)
+    found = [(m[1], i) for i, line in lines if (m := re.match(r" *(?:def|class) (\w+)", line))]
+    return dict(reversed(found))
+
+
+@functools.cache
+def known_names():
+    """Every name in the program's code and every word of its strings; no comment or docstring."""
+    names = set(definitions(REPO / "test_rlhf.py"))
+    for path in [REPO / "rlhf.py", REPO / "model.py", *(REPO / "data").glob("*.py")]:
+        tree = ast.parse(path.read_text("utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            for field in ("name", "arg", "id", "attr", "module"):
+                names.update(str(getattr(node, field, "")).split("."))
+            if isinstance(getattr(node, "value", None), str) and id(node) not in docstrings:
+                names.update(node.value.split())
+        names.add(path.stem)
+    return names
+
+
+def faults(text, folder=REPO):
+    """What a page of prose names and is not there: links, lines, tests, commands, flags, files,
+    and in `code` any name."""
+    text, tests, bad = re.sub(r"https?://[^\s)]+", "", text), definitions(REPO / "test_rlhf.py"), []
+
+    def need(ok, fault):
+        bad.extend([] if ok else [fault])
+
+    for target in re.findall(r"\]\(([^)#]*)[^)]*\)", text):
+        need((folder / target).exists(), f"no file {target}")
+    for label, target in re.findall(r"\[([^][]*)\]\(([^)]*#L[^)]*)\)", text):
+        need(LINE_LINK.match(f"[{label}]({target})"), f"{target} is not linked by a `name`")
+    for name, path, line in LINE_LINK.findall(text):
+        at = definitions(folder / path).get(name) if (folder / path).exists() else None
+        need(at == int(line), f"{path}#L{line} is not {name}, which is at {at}; {REFRESH}")
+    for name in re.findall(r"\btest_\w+", text):
+        need(name in tests or name == "test_rlhf", f"no test {name}")
+    for part in re.findall(r"pytest.* -k (\w+)", text):
+        need(any(part in name for name in tests), f"no test with {part} in its name")
+    for word in re.findall(r"python3? rlhf\.py ([a-z]\w*)", text):
+        need(word in ("run", "sample", "explain"), f"no command {word}")
+    for flag in re.findall(r"(?<![\w-])--[a-z]\w*", text):
+        need(flag in known_names() or hasattr(Config, flag[2:]), f"no flag {flag}")
+    for name in FILE.findall(text):
+        there = (REPO / name).exists() or (folder / name).exists()
+        need(there or Path(name).name in known_names(), f"no file {name}")
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for name in re.findall(r"`([A-Za-z_][\w.]*)(?:\([^()`]*\))?`", prose):
+        for part in [] if FILE.fullmatch(name) else name.split("."):
+            need(part in known_names(), f"no {part} in the code")
+    return bad
+
+
+def refresh_links():
+    """Set the line numbers of the README's links to those of the definitions."""
+    page = REPO / "README.md"
+    page.write_text(LINE_LINK.sub(
+        lambda m: f"[`{m[1]}`]({m[2]}#L{definitions(REPO / m[2]).get(m[1], m[3])})",
+        page.read_text("utf-8")), "utf-8")
+
+
+@pytest.mark.parametrize("page", ["README.md", "data/README.md"])
+def test_what_the_prose_names_is_there(page):
+    """Functions, flags, files, tests, and the line of each link."""
+    path = REPO / page
+    assert not faults(path.read_text("utf-8"), path.parent), "\n".join(
+        faults(path.read_text("utf-8"), path.parent))
+
+
+@pytest.mark.parametrize("text, fault", [
+    ("`gae`, `gae(rewards, values)`, `Config.lam`, `lm.pt`, `--kl_coef`, `data/curves.py`", None),
+    ("`gea`", "no gea "), ("`Config.lamb`", "no lamb "), ("`rollout_all(x)`", "no rollout_all "),
+    ("python rlhf.py --kl_coeff 1", "no flag --kl_coeff"), ("`data/mak.py`", "no file data/mak"),
+    ("`lmm.pt`", "no file lmm.pt"), ("as `test_gae_by_heart` shows", "no test test_gae_by_heart"),
+    ("pytest -k no_such", "no test with no_such"), ("python rlhf.py trian", "no command trian"),
+    ("[x](data/none.md)", "no file data/none.md"), ("![p](data/none.png)", "no file data/none.png"),
+    ("[here](rlhf.py#L1)", "rlhf.py#L1 is not linked by"), ("[`gae`](rlhf.py#L1)", "is not gae"),
+    ("[`gea`](rlhf.py#L1)", "is not gea, which is at None")])
+def test_prose_that_names_what_is_not_there_is_caught(text, fault):
+    """Each kind of fault, planted: else the test above could not fail."""
+    assert (fault is None and not faults(text)) or any(fault in found for found in faults(text))
+
+
+def test_the_readme_follows_the_lecture_and_its_equations_are_closed():
+    """25 chapters in the order of their time stamps, each with an equation and a link to code."""
+    page = (REPO / "README.md").read_text("utf-8")
+    sections = page.split("\n## The derivation")[1].split("\n## ")[0].split("\n### ")[1:]
+    times = [[int(x) for x in section.splitlines()[0].split(" · ")[1].split(":")]
+             for section in sections]
+    seconds = [functools.reduce(lambda total, x: 60 * total + x, time) for time in times]
+    assert len(sections) == 25 and seconds == sorted(seconds)
+    for section in sections:
+        title = section.splitlines()[0]
+        equation = re.findall(r"```math\n(.*?)\n```", section, re.DOTALL)
+        assert len(equation) == 1 and LINE_LINK.search(section), title
+        assert re.search(r"\[`test_\w+`\]\(test_rlhf.py#L", section), title
+        assert equation[0].count("{") == equation[0].count("}"), title
+        assert not re.search(r"\\operatorname|\\text\{[^}]*_", equation[0]), title  # GitHub refuses
+        assert section.count("```") % 2 == 0, title
+
+
+def test_importing_defines_and_does_nothing_else(monkeypatch, tmp_path):
+    """No line printed, no file opened to write, no generator touched."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.print", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("builtins.open", lambda *a, **k: 1 / 0)
+    before = torch.get_rng_state(), random.getstate(), torch.get_num_threads()
+    for name in ("rlhf.py", "model.py", "data/dataset.py", "data/annotator.py"):
+        assert runpy.run_path(str(REPO / name), run_name="imported")
+    assert torch.equal(torch.get_rng_state(), before[0]) and not os.listdir(tmp_path)
+    assert (random.getstate(), torch.get_num_threads()) == before[1:]
+
+
+def test_the_notebook_lines_of_the_readme_train_what_a_run_trains(first_run, monkeypatch, capsys):
+    """The very lines, under a Config of reduced size: the weights are those of `rlhf.py`."""
+    section = (REPO / "README.md").read_text("utf-8").split("## From a notebook")[1]
+    lines = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    monkeypatch.setattr(rlhf, "Config", lambda **given: dataclasses.replace(
+        first_run.config, out_dir="nowhere", **given))
+    names = {}
+    exec(lines, names)
+    for name, file in (("lm", "lm.pt"), ("reward_model", "reward.pt"), ("policy", "policy.pt")):
+        assert same_weights(names[name].state_dict(), weights(first_run.out, file)), name
+    assert len(names["history"]) == 3 and not (REPO / "nowhere").exists()
+    assert names["record"]["win_rate"] == first_run.record["win_rate"]
+    assert capsys.readouterr().out.startswith(str(names["record"]["win_rate"]))
+
+
+# =================================================================================================
 # The program: the command line
 # =================================================================================================
 
@@ -2488,7 +2781,7 @@ def test_a_setting_out_of_range_is_refused_in_one_line_that_names_it(capsys, fie
     for value in bad:
         assert field in refused(capsys, f"--{field}={value}"), value
     for value in good:
-        _, _, config, _ = rlhf.parse([f"--{field}={value}"])
+        _, _, config, _, _ = rlhf.parse([f"--{field}={value}"])
         assert getattr(config, field) == (None if value == "none" else value)
 
 
@@ -2520,12 +2813,12 @@ def test_every_field_is_a_flag_with_a_line_of_help(capsys):
     flat = " ".join(text.split())
     for name, comment in (item for fields in groups.values() for item in fields.items()):
         assert f"--{name}" in text and " ".join(comment.split()[:3]) in flat, name
-    command, prompt, config, fresh = rlhf.parse(
+    command, prompt, config, fresh, step = rlhf.parse(
         "--lam 0.5 --data d --seed 3 --out_dir o --fresh --kl_target none".split())
-    assert (command, prompt, fresh) == ("run", None, True)
+    assert (command, prompt, fresh, step) == ("run", None, True, None)
     assert config == Config(lam=0.5, data_dir="d", seed=3, out_dir="o", kl_target=None)
     assert rlhf.parse(["sample", "The acting in"])[:2] == ("sample", "The acting in")
-    assert rlhf.parse([]) == ("run", None, Config(), False)
+    assert rlhf.parse([]) == ("run", None, Config(), False, None)
 
 
 SIZES = dict(n_layer=1, n_head=2, n_embd=16, block_size=128, max_new_tokens=8, lm_epochs=1,
