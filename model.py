@@ -107,12 +107,15 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        for name, p in self.named_parameters():  # GPT-2's initialisation; the norms keep torch's
+        # GPT-2's initialisation, 0.02 at its width of 768; a narrow model needs more, as 1/√C:
+        # with 0.02 at width 128, the same training takes two to three times as long.
+        std = 0.02 * math.sqrt(768 / config.n_embd)
+        for name, p in self.named_parameters():  # the norms keep torch's
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.dim() == 2:  # layers that write to the residual stream: smaller with depth
-                std = 0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02
-                nn.init.normal_(p, std=std, generator=generator)
+                depth = math.sqrt(2 * config.n_layer) if "c_proj" in name else 1
+                nn.init.normal_(p, std=std / depth, generator=generator)
 
     def hidden(self, tokens, cache=None, positions=None):
         """Final hidden states (B, S, C) of tokens (B, S).

@@ -54,7 +54,7 @@ class Config:
     n_layer: int = 2                   # transformer blocks
     n_head: int = 4                    # attention heads
     n_embd: int = 128                  # width
-    lm_epochs: int = 3                 # passes over the corpus
+    lm_epochs: int = 2                 # passes over the corpus
     lm_batch_size: int = 8             # documents a step
     lm_lr: float = 4e-3                # peak learning rate
     # -- reward model
