@@ -90,11 +90,13 @@ def show(prompt, texts, cut):
 
 
 def append(file, line):
-    """Write at the end of the file; returns the new end, when all of it is on the disk."""
-    file.write(line)
-    file.flush()
+    """Write at the end of the file; returns where that was, when all is on the disk."""
+    start = file.seek(0, os.SEEK_END)
+    if file.write(line) < len(line):  # a full disk: half a line would spoil the file
+        file.truncate(start)
+        raise OSError(f"no room for another answer in {file.name}")
     os.fsync(file.fileno())
-    return file.seek(0, os.SEEK_END)
+    return start
 
 
 def sitting(file, pairs, fd):
@@ -112,8 +114,8 @@ def sitting(file, pairs, fd):
                 chosen, rejected = (left, right) if key == "left" else (right, left)
                 row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
                 line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-                end = append(file, line)
-                answers.append((end - len(line), end, pair))
+                start = append(file, line)
+                answers.append((start, start + len(line), pair))
             elif key == "undo":
                 again.append(pair)
                 if not answers or file.seek(0, os.SEEK_END) != answers[-1][1]:
@@ -153,7 +155,7 @@ def label(out, directory, fd=0):
         raise ValueError(f"cannot append to {path}: not a file")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab")
+        file = open(path, "ab", buffering=0)
     except OSError as error:
         raise ValueError(f"cannot append to {path}: {error}") from None
     with file:
