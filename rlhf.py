@@ -837,7 +837,7 @@ def stage_settings(config, data, stage):
     names = [name for group in groups for name in field_groups()[group]]
     settings = {name: getattr(config, name) for name in names
                 if name not in ("device", "out_dir", "data_dir", "init")}
-    return settings | {"data": data.fingerprint, "format": FORMAT}
+    return settings | {"data": data.fingerprint, "init": data.init, "format": FORMAT}
 
 
 def find_checkpoint(stage, config, data, fresh):
@@ -961,7 +961,7 @@ def starting_point(config):
         sizes = GPTConfig(data.eos_token + 1, config.block_size, config.n_layer, config.n_head,
                           config.n_embd, data.eos_token)
         return GPT(sizes, seeded(config.seed, "language_model init", 0)), data, config
-    lm, encoding = GPT.from_pretrained(config.init), dataset.gpt2_tokenizer()
+    lm, encoding = GPT.from_pretrained(config.init), dataset.tokenizer_of(None, config.init)
     sizes = lm.config
     if sizes.vocab_size != encoding.n_vocab:
         raise ValueError(f"{config.init}: a vocabulary of {sizes.vocab_size:,} tokens, expected "
@@ -979,7 +979,7 @@ def starting_point(config):
     digest = hashlib.sha256()
     for weight in lm.state_dict().values():
         digest.update(weight.numpy())
-    data.fingerprint += f" with weights {digest.hexdigest()[:16]}"  # others train anew
+    data.init = digest.hexdigest()
     return lm, data, config
 
 
@@ -1099,8 +1099,7 @@ def load_model(path, device="cpu"):
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: not a checkpoint of this version's "
                          f"({type(error).__name__})") from None
-    encoding = (dataset.gpt2_tokenizer() if config.init else
-                dataset.tokenizer_of(config.data_dir))
+    encoding = dataset.tokenizer_of(config.data_dir, config.init)
     if encoding.n_vocab != gpt.config.vocab_size:
         raise ValueError(f"{path}: a vocabulary of {gpt.config.vocab_size:,} tokens, but the "
                          f"tokenizer of {config.data_dir} now has {encoding.n_vocab:,}")
