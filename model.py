@@ -343,8 +343,11 @@ def load_gpt2(cls, name_or_path):
     state = {k: v for k, v in state.items()  # buffers: the causal mask and its fill value
              if not k.endswith((".attn.bias", ".attn.masked_bias"))}
     state = {k: v.mT if k.endswith(CONV1D) and v.dim() == 2 else v for k, v in state.items()}
-    with torch.device("meta"):  # shapes first, then memory
-        own = cls(config).state_dict()
+    try:
+        gpt = cls(config)
+    except RuntimeError:
+        raise ValueError(f"{name_or_path}: no memory for a GPT of the sizes in config.json") from None
+    own = gpt.state_dict()
     wrong = ([f"missing {k}" for k in own if k not in state]
              + [f"unexpected {k}" for k in state if k not in own]
              + [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
@@ -353,7 +356,6 @@ def load_gpt2(cls, name_or_path):
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise ValueError(f"{name_or_path}: weights do not fit: {'; '.join(wrong[:3])}{more}")
-    gpt = cls(config)
     try:
         gpt.load_state_dict(state)
     except RuntimeError:  # tensors without ordinary memory
