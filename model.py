@@ -256,23 +256,26 @@ def read_safetensors(path):
     """The tensors of a .safetensors file: 8 bytes of header length, a JSON header, raw bytes."""
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
              "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
-    raw = bytearray(Path(path).read_bytes())
+    raw, tensors = Path(path).read_bytes(), {}
     try:
         start = 8 + struct.unpack("<Q", raw[:8])[0]
         header = json.loads(raw[8:start])
         header.pop("__metadata__", None)
-        tensors = {}
         for name, entry in header.items():
-            shape, (a, b) = entry["shape"], entry["data_offsets"]
-            flat = torch.frombuffer(raw, dtype=torch.uint8)[start + a:start + b]
-            kind = kinds[entry["dtype"]]
-            tensors[name] = torch.frombuffer(bytearray(flat.numpy()), dtype=kind).view(shape)
+            shape, kind, (a, b) = entry["shape"], kinds[entry["dtype"]], entry["data_offsets"]
+            part = bytearray(raw[start + a:start + b])
+            if len(part) != math.prod(shape) * kind.itemsize:
+                raise ValueError(f"{name} has {len(part)} bytes")
+            tensors[name] = (torch.frombuffer(part, dtype=kind) if part else
+                             torch.empty(0, dtype=kind)).reshape(shape)
         return tensors
     except (struct.error, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from None
+        problem = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise ValueError(f"{path}: not a safetensors file, or cut short ({problem})") from None
 
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")  # in GPTConfig's order
 # Hugging Face keeps these four weights of a block as Conv1D: transposed against nn.Linear.
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 GPT2_FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None,
@@ -300,7 +303,7 @@ def read_gpt2_files(name_or_path):
                          f"Face's GPT-2 layout, or one of {', '.join(GPT2_NAMES)}")
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{directory / 'config.json'}: not JSON ({error})") from None
     if not isinstance(config, dict):
         raise ValueError(f"{directory / 'config.json'}: expected a JSON object")
@@ -313,48 +316,76 @@ def read_gpt2_files(name_or_path):
     raise ValueError(f"{directory}: no pytorch_model.bin and no model.safetensors there")
 
 
+def read_gpt2_config(raw, where):
+    """GPTConfig of a config.json's dictionary; ValueError where this GPT is not of its kind."""
+    if raw.get("model_type", "gpt2") != "gpt2":
+        raise ValueError(f"{where}: model_type is {raw['model_type']!r}, expected 'gpt2'")
+    if raw.get("n_positions") is None:  # an older name
+        raw = raw | {"n_positions": raw.get("n_ctx")}
+    sizes = [raw.get(key) for key in SIZES]
+    for key, size in zip(SIZES, sizes):
+        if type(size) is not int or not 1 <= size <= 1_000_000:
+            raise ValueError(f"{where}: config.json has {key} = {size!r}, "
+                             "expected a whole number from 1 to 1,000,000")
+    for key, value in GPT2_FIXED.items():
+        spelled_out = key == "n_inner" and raw.get(key) == 4 * raw["n_embd"]
+        if raw.get(key, value) != value and not spelled_out:
+            raise ValueError(f"{where}: config.json has {key} = {raw[key]!r}; "
+                             f"this GPT has {value!r}")
+    if raw["n_embd"] % raw["n_head"]:
+        raise ValueError(f"{where}: config.json has n_embd {raw['n_embd']}, expected a multiple of "
+                         f"n_head {raw['n_head']}")
+    eos = raw.get("eos_token_id")
+    if eos is not None and (type(eos) is not int or eos < 0):
+        raise ValueError(f"{where}: config.json has eos_token_id = {eos!r}, expected one token")
+    last = raw["vocab_size"] - 1  # for a small vocabulary Hugging Face's default is out of range
+    return GPTConfig(*sizes, last if eos is None else min(eos, last))
+
+
 def load_gpt2(cls, name_or_path):
     """See GPT.from_pretrained."""
     raw, state = read_gpt2_files(name_or_path)
-    if raw.get("model_type", "gpt2") != "gpt2":
-        raise ValueError(f"{name_or_path}: model_type is {raw['model_type']!r}, expected 'gpt2'")
-    for key, value in GPT2_FIXED.items():
-        spelled_out = key == "n_inner" and raw.get(key) == 4 * raw.get("n_embd", 0)
-        if raw.get(key, value) != value and not spelled_out:
-            raise ValueError(f"{name_or_path}: config.json has {key} = {raw[key]!r}; "
-                             f"this GPT has {value!r}")
-    try:
-        config = GPTConfig(raw["vocab_size"], raw.get("n_positions") or raw["n_ctx"],
-                           raw["n_layer"], raw["n_head"], raw["n_embd"],
-                           raw.get("eos_token_id", raw["vocab_size"] - 1))
-        gpt = cls(config)
-    except (KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(f"{name_or_path}: config.json is missing or has a wrong {error}") from None
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+    config = read_gpt2_config(raw, name_or_path)
+    if not isinstance(state, dict) or not all(
+            isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise ValueError(f"{name_or_path}: the weight file does not hold a state dictionary")
+    count = len(state)
     state = {k.removeprefix("transformer."): v for k, v in state.items()}
+    if len(state) < count:
+        raise ValueError(f"{name_or_path}: a weight is there with and without 'transformer.'")
     head = state.pop("lm_head.weight", None)  # GPT-2 ties it to wte
     if head is not None and not torch.equal(head, state.get("wte.weight", head)):
         raise ValueError(f"{name_or_path}: lm_head.weight differs from wte.weight; "
                          "this GPT ties the two")
     state = {k: v for k, v in state.items()  # buffers: the causal mask and its fill value
              if not k.endswith((".attn.bias", ".attn.masked_bias"))}
-    state = {k: v.float().t() if k.endswith(CONV1D) else v.float() for k, v in state.items()}
+    state = {k: v.mT if k.endswith(CONV1D) and v.dim() == 2 else v for k, v in state.items()}
+    try:
+        gpt = cls(config)
+    except RuntimeError:
+        raise ValueError(f"{name_or_path}: no memory for a GPT of the sizes in config.json") from None
     own = gpt.state_dict()
     wrong = ([f"missing {k}" for k in own if k not in state]
              + [f"unexpected {k}" for k in state if k not in own]
              + [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-                for k in own if k in state and own[k].shape != state[k].shape])
+                for k in own if k in state and own[k].shape != state[k].shape]
+             + [f"{k} is of {v.dtype}" for k, v in state.items() if not v.is_floating_point()])
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise ValueError(f"{name_or_path}: weights do not fit: {'; '.join(wrong[:3])}{more}")
-    gpt.load_state_dict(state)
+    try:
+        gpt.load_state_dict(state)
+    except RuntimeError:  # tensors without ordinary memory
+        raise ValueError(f"{name_or_path}: the weights are not plain, dense tensors") from None
     return gpt
 
 
 def save_gpt2(gpt, directory):
     """See GPT.save_pretrained."""
     directory, c = Path(directory), gpt.config
+    if (directory / "model.safetensors").exists():
+        raise ValueError(f"{directory}: there is a model.safetensors, which readers would prefer "
+                         "to what is saved here; expected another directory")
     directory.mkdir(parents=True, exist_ok=True)
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
               "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size,

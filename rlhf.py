@@ -50,6 +50,7 @@ class Config:
     data_dir: str = str(dataset.SHIPPED)  # preferences.jsonl and more; see data/README.md
     max_grad_norm: float = 1.0         # longer gradients are scaled down to this, in every stage
     # -- language model
+    init: str | None = None            # start from weights: gpt2 or a directory, with their sizes
     block_size: int = 256              # context: most tokens of prompt and response together
     n_layer: int = 2                   # transformer blocks
     n_head: int = 4                    # attention heads
@@ -98,7 +99,8 @@ def check(config):
 
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
-        kinds = {float: (float, int), int: int, str: str}.get(field.type, (float, int, type(None)))
+        kinds = {float: (float, int), int: int, str: str, str | None: (str, type(None))}.get(
+            field.type, (float, int, type(None)))
         need(isinstance(value, kinds) and not isinstance(value, bool), field.name,
              getattr(field.type, "__name__", str(field.type)))
         need(not isinstance(value, float) or math.isfinite(value), field.name, "a finite number")
@@ -119,7 +121,8 @@ def check(config):
     need(c.minibatch_size <= c.ppo_batch_size, "minibatch_size",
          f"at most ppo_batch_size, {c.ppo_batch_size}")
     # An end token before, at least one token of prompt, and an end token for a cut response.
-    need(c.max_new_tokens + 3 <= c.block_size, "max_new_tokens",
+    # With `init`, `starting_point` asks for the same of the context that the weights have.
+    need(c.init or c.max_new_tokens + 3 <= c.block_size, "max_new_tokens",
          f"at most block_size - 3, {c.block_size - 3}, to leave room for a prompt")
 
 
@@ -867,8 +870,8 @@ def stage_settings(config, data, stage):
     groups = groups[:{"language_model": 2, "reward_model": 4, "ppo": 5}[stage]]
     names = [name for group in groups for name in field_groups()[group]]
     settings = {name: getattr(config, name) for name in names
-                if name not in ("device", "out_dir", "data_dir")}
-    return settings | {"data": data.fingerprint, "format": FORMAT}
+                if name not in ("device", "out_dir", "data_dir", "init")}
+    return settings | {"data": data.fingerprint, "init": data.init, "format": FORMAT}
 
 
 def find_checkpoint(stage, config, data, fresh):
@@ -985,16 +988,42 @@ def true_reward_fn(data):
     return true_rewards
 
 
+def starting_point(config):
+    """(language model before stage 1, data, config): new, or `init`'s weights with their sizes."""
+    if config.init is None:
+        data = dataset.load(config.data_dir, config.block_size, config.max_new_tokens)
+        sizes = GPTConfig(data.eos_token + 1, config.block_size, config.n_layer, config.n_head,
+                          config.n_embd, data.eos_token)
+        return GPT(sizes, seeded(config.seed, "language_model init", 0)), data, config
+    lm, encoding = GPT.from_pretrained(config.init), dataset.tokenizer_of(None, config.init)
+    sizes = lm.config
+    if sizes.vocab_size != encoding.n_vocab:
+        raise ValueError(f"{config.init}: a vocabulary of {sizes.vocab_size:,} tokens, expected "
+                         f"the {encoding.n_vocab:,} of GPT-2's tokenizer")
+    if config.max_new_tokens + 3 > sizes.block_size:
+        raise ValueError(f"max_new_tokens is {config.max_new_tokens}, expected at most "
+                         f"{sizes.block_size - 3}: {config.init} has a context of "
+                         f"{sizes.block_size} tokens")
+    sizes.eos_token = encoding.eot_token
+    config = dataclasses.replace(config, block_size=sizes.block_size, n_layer=sizes.n_layer,
+                                 n_head=sizes.n_head, n_embd=sizes.n_embd)
+    data = dataset.load(config.data_dir, config.block_size, config.max_new_tokens, encoding)
+    data.notes.append(f"starts from {config.init}: {config.n_layer} layers, {config.n_head} heads, "
+                      f"width {config.n_embd}, context {config.block_size}")
+    digest = hashlib.sha256()
+    for weight in lm.state_dict().values():
+        digest.update(weight.numpy())
+    data.init = digest.hexdigest()
+    return lm, data, config
+
+
 def run(config, fresh=False, interrupted=lambda: False):
     """All stages: language model, reward model, PPO, evaluation. Returns the evaluation record."""
-    data = dataset.load(config.data_dir, config.block_size, config.max_new_tokens)
+    lm, data, config = starting_point(config)
     device, out = pick_device(config.device), Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     describe(data, device)
-
-    gpt_config = GPTConfig(data.eos_token + 1, config.block_size, config.n_layer, config.n_head,
-                           config.n_embd, data.eos_token)
-    lm = GPT(gpt_config, seeded(config.seed, "language_model init", 0)).to(device)
+    lm.to(device)
     seconds, lines = {}, 0
 
     def stage(name, model, train):
@@ -1090,29 +1119,39 @@ def summarize(record, samples, out):
           f"{curves.draw(out)}")
 
 
+def load_model(path, device="cpu"):
+    """(model, Config of its run, tokenizer) of lm.pt, reward.pt or policy.pt."""
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such file; run python rlhf.py first")
+    checkpoint = load_checkpoint(path)
+    try:
+        gpt = GPT(GPTConfig(**checkpoint["model"]))
+        model = {"language_model": lambda g: g, "reward_model": RewardModel,
+                 "ppo": ActorCritic}[checkpoint["stage"]](gpt)
+        model.load_state_dict(checkpoint["weights"])
+        config = Config(**checkpoint["config"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a checkpoint of this version's "
+                         f"({type(error).__name__})") from None
+    encoding = dataset.tokenizer_of(config.data_dir, config.init)
+    if encoding.n_vocab != gpt.config.vocab_size:
+        raise ValueError(f"{path}: a vocabulary of {gpt.config.vocab_size:,} tokens, but the "
+                         f"tokenizer of {config.data_dir} now has {encoding.n_vocab:,}")
+    return model.to(device), config, encoding
+
+
 def load_models(config):
     """(language model, reward model, policy, Config, tokenizer) of a finished run in out_dir.
 
     The Config is the run's own, but for what `config` sets otherwise than by default, and its seed.
     """
-    out, models = Path(config.out_dir), []
-    for stage, name in FILES.items():
-        if not (out / name).exists():
-            raise ValueError(f"{out / name}: no such file; run python rlhf.py first")
-        checkpoint = load_checkpoint(out / name)
-        try:
-            model = GPT(GPTConfig(**checkpoint["model"]))
-            model = {"reward_model": RewardModel, "ppo": ActorCritic}.get(stage, lambda g: g)(model)
-            model.load_state_dict(checkpoint["weights"])
-            settings = dataclasses.asdict(Config(**checkpoint["config"]))
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{out / name}: not a checkpoint of this version's "
-                             f"({type(error).__name__})") from None
-        models.append(model.to(pick_device(config.device)))
+    device = pick_device(config.device)
+    (lm, *_), (reward_model, *_), (policy, trained, encoding) = (
+        load_model(Path(config.out_dir) / name, device) for name in FILES.values())
     chosen = {name: value for name, value in dataclasses.asdict(config).items()
               if value != getattr(Config, name)}
-    config = Config(**settings | chosen | {"seed": config.seed})
-    return *models, config, dataset.tokenizer_of(config.data_dir)
+    config = dataclasses.replace(trained, **chosen | {"seed": config.seed})
+    return lm, reward_model, policy, config, encoding
 
 
 def sample(config, prompt, n=3):
@@ -1130,13 +1169,16 @@ def sample(config, prompt, n=3):
                  for a, m in zip(r.actions, r.mask)]
         columns.append([name, *(f"[score {s:+.2f}, KL {k:.1f}]{text}" for s, k, text in
                                 zip(scores.tolist(), kl.tolist(), texts))])
-    width = (shutil.get_terminal_size().columns - 3) // 2
     print(prompt)
     for left, right in zip(*columns):
-        sides = [textwrap.wrap(" ".join(text.split()), width) for text in (left, right)]
-        for a, b in itertools.zip_longest(*sides, fillvalue=""):
-            print(f"{a:{width}} | {b}")
-        print()
+        print(side_by_side(left, right) + "\n")
+
+
+def side_by_side(left, right):
+    """Two texts as two columns of the terminal's width."""
+    width = max((shutil.get_terminal_size().columns - 3) // 2, 8)
+    sides = [textwrap.wrap(" ".join(text.split()), width) for text in (left, right)]
+    return "\n".join(f"{a:{width}} | {b}" for a, b in itertools.zip_longest(*sides, fillvalue=""))
 
 
 def explain(config, prompt, step):
@@ -1240,7 +1282,7 @@ def parse(argv):
         section = parser.add_argument_group(group)
         for name, comment in fields.items():
             flags = [f"--{name}"] + ["--data"] * (name == "data_dir")
-            kind = types[name] if types[name] in (int, float, str) else value
+            kind = {float | None: value, str | None: str}.get(types[name], types[name])
             section.add_argument(*flags, dest=name, type=kind, metavar="X",
                                  default=getattr(Config, name),
                                  help=f"{comment.replace('%', '%%')} (%(default)s)")

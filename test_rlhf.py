@@ -14,9 +14,11 @@ test are the ones that train; the lists they are held against are written here, 
     python -m pytest test_rlhf.py -s -k variance      one claim, with the figures it prints
 """
 import ast
+import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -38,7 +40,7 @@ import torch
 import torch.nn.functional as F
 
 import rlhf
-from data import annotator, curves, dataset, frontier
+from data import annotator, curves, dataset, frontier, label
 from model import (GPT, ActorCritic, GPTConfig, RewardModel, load_checkpoint, read_safetensors,
                    save_checkpoint)
 from rlhf import (Config, Experience, Rollout, adapt_kl_coef, collect, entropy, gae,
@@ -3215,3 +3217,432 @@ def test_a_device_that_is_not_there_is_named():
     assert rlhf.pick_device("auto").type == best
     with pytest.raises(ValueError, match="^device is 'abacus': "):
         rlhf.pick_device("abacus")
+
+
+# =================================================================================================
+# The program: GPT-2 in and out, the reader as the human, a reward of the reader's own
+# =================================================================================================
+
+
+def tiny_bpe(name="gpt2"):
+    """The shipped tokenizer, where GPT-2's would need a download and a hundred times the logits."""
+    shipped = dataset.read_tokenizer(dataset.SHIPPED / "tokenizer.tiktoken")
+    shipped.name = name
+    return shipped
+
+
+def save_tiny_gpt2(directory, seed=0, vocab=1024, context=96):
+    config = GPTConfig(vocab, context, 1, 2, 16, 3)
+    GPT(config, torch.Generator().manual_seed(seed)).save_pretrained(directory)
+    return str(directory)
+
+
+def safetensors_of(**entries):
+    """An edit that leaves model.safetensors with this header and eight bytes."""
+    header = json.dumps(entries).encode()
+
+    def edit(directory):
+        raw = struct.pack("<Q", len(header)) + header + bytes(8)
+        (directory / "model.safetensors").write_bytes(raw)
+    return edit
+
+
+C_ATTN, NO_SAFETENSORS = "transformer.h.0.attn.c_attn.weight", "not a safetensors file, or cut"
+ODD_FILES = {
+    **{f"{key} {value!r}": (edit_config(**{key: value}), f"{key} = .*expected a whole number")
+       for key, value in (("n_layer", "2"), ("n_layer", 2.0), ("n_layer", 0), ("n_head", True),
+                          ("n_head", None), ("n_embd", [12]), ("n_embd", -12),
+                          ("vocab_size", 10**30), ("n_positions", "10"))},
+    **{f"eos_token_id {value!r}": (edit_config(eos_token_id=value), "eos_token_id.*one token")
+       for value in ([10], "x", -1, True)},
+    "deep config": (lambda d: (d / "config.json").write_text("[" * 99999), "not JSON"),
+    "both names": (edit_weights(lambda t: t | {"ln_f.bias": t["transformer.ln_f.bias"]}),
+                   "with and without"),
+    "a key that is no name": (edit_weights(lambda t: t | {1: torch.zeros(1)}), "state dictionary"),
+    "three dimensions": (edit_weights(lambda t: t | {C_ATTN: torch.zeros(2, 2, 2)}),
+                         r"c_attn.weight is \(2, 2, 2\), expected \(36, 12\)"),
+    "whole numbers": (edit_weights(lambda t: t | {C_ATTN: t[C_ATTN].long()}), "of torch.int64"),
+    "sparse": (edit_weights(lambda t: t | {C_ATTN: t[C_ATTN].to_sparse()}), "not plain, dense"),
+    "safetensors of another size": (safetensors_of(a=dict(
+        dtype="F32", shape=[3], data_offsets=[0, 8])), f"{NO_SAFETENSORS}.*a has 8 bytes"),
+    "safetensors of negative size": (safetensors_of(a=dict(
+        dtype="F32", shape=[-1], data_offsets=[0, 8])), NO_SAFETENSORS),
+    "safetensors of half a size": (safetensors_of(a=dict(
+        dtype="F32", shape=[2.0], data_offsets=[0, 8])), NO_SAFETENSORS),
+    "safetensors of another kind": (safetensors_of(a=dict(
+        dtype="F4", shape=[2], data_offsets=[0, 8])), f"{NO_SAFETENSORS}.*F4"),
+    "safetensors without a header": (safetensors_of(a=3), NO_SAFETENSORS)}
+
+
+@pytest.mark.parametrize("case", ODD_FILES)
+def test_an_odd_file_of_weights_is_refused_in_one_line(tmp_path, case):
+    """Sizes of a wrong kind, a weight under two names, tensors that cannot be weights."""
+    edit, problem = ODD_FILES[case]
+    gpt_for_files().save_pretrained(tmp_path)
+    edit(tmp_path)
+    with pytest.raises(ValueError, match=problem) as caught:
+        GPT.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_odd_files_of_weights_that_are_right_are_read(tmp_path):
+    """No prefix, buffers of the mask, the old pickle format; an end token of another vocabulary."""
+    gpt = gpt_for_files()
+    gpt.save_pretrained(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    tensors = {k.removeprefix("transformer."): v for k, v in
+               torch.load(path, weights_only=True).items() if k != "lm_head.weight"}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 10, 10, dtype=torch.uint8)
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    edit_config(eos_token_id=50256)(tmp_path)  # Hugging Face's default
+    again = GPT.from_pretrained(tmp_path)
+    assert again.config == gpt.config  # the last token ends a text
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in gpt.state_dict().items())
+    tensors = {"h.0.attn.bias": torch.zeros(0), "h.1.attn.bias": torch.zeros(3, 0)}
+    write_safetensors(tmp_path / "empty", tensors)
+    assert all(torch.equal(value, tensors[name]) for name, value in
+               read_safetensors(tmp_path / "empty").items())
+
+
+def test_what_is_saved_is_not_hidden_behind_another_file(tmp_path):
+    """Beside a model.safetensors nobody would read pytorch_model.bin: refused."""
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="model.safetensors"):
+        gpt_for_files().save_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_a_name_is_downloaded_to_torchs_cache_or_says_where_to_put_the_files(tmp_path, monkeypatch):
+    """GPT.from_pretrained("gpt2"), by torch's own loader."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    gpt_for_files().save_pretrained("published")
+    asked = []
+
+    def download(url, path):
+        asked.append(url)
+        Path(path).write_bytes(Path("published", url.split("/")[-1]).read_bytes())
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        assert GPT.from_pretrained("gpt2-medium").config == gpt_for_files().config
+    assert asked == [f"https://huggingface.co/gpt2-medium/resolve/main/{name}"
+                     for name in ("config.json", "pytorch_model.bin")]
+
+    def offline(url, path):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(ValueError, match="cannot download .*config.json.*no network.*hub/checkp"):
+        GPT.from_pretrained("gpt2")
+
+
+def test_transformers_reads_a_policy_and_we_read_its_bare_trunk(tmp_path):
+    """Where it is installed: the policy after PPO is saved, a GPT2Model without prefix is read."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    policy = ActorCritic(gpt_for_files())
+    policy.gpt.save_pretrained(tmp_path / "policy")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "policy").eval()
+    tokens = torch.randint(11, (4, 10), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        close(policy(tokens)[0], theirs(tokens).logits, 1e-5)
+        theirs.transformer.save_pretrained(tmp_path / "trunk")
+        close(GPT.from_pretrained(tmp_path / "trunk")(tokens), theirs(tokens).logits, 1e-5)
+
+
+def test_init_starts_from_weights_with_their_sizes_and_tokenizer(tmp_path, monkeypatch, capsys,
+                                                                 no_picture):
+    """A run from a random checkpoint; `sample` on it; other weights are not taken for these."""
+    monkeypatch.setattr(dataset.tiktoken, "get_encoding", tiny_bpe)
+    data = write_data(tmp_path / "data", [pair(f"p{i} the", " good", f" bad {i}")
+                                          for i in range(12)])
+    (data / "tokenizer.tiktoken").write_bytes(b"not read")
+    settings = SIZES | dict(init=save_tiny_gpt2(tmp_path / "a"), data_dir=str(data), lm_epochs=0,
+                            block_size=8, out_dir=str(tmp_path / "out"), ppo_iterations=1)
+    config = Config(**settings)  # its block_size would leave no room; it is not used
+    lm, data, used = rlhf.starting_point(config)
+    assert lm.config == GPTConfig(1024, 96, 1, 2, 16, 1023)  # the tokenizer's end token
+    assert same_weights(lm.state_dict(), GPT.from_pretrained(config.init).state_dict())
+    assert (used.block_size, used.n_layer, used.n_head, used.n_embd) == (96, 1, 2, 16)
+    assert any("tokenizer.tiktoken is not used" in note for note in data.notes)
+    rlhf.run(config)
+    saved = load_checkpoint(tmp_path / "out" / "lm.pt")
+    assert same_weights(saved["weights"], lm.state_dict())  # no epoch: as they were
+    assert Config(**saved["config"]) == used
+    rlhf.main(["sample", "the", "--out_dir", config.out_dir])
+    assert "PPO policy" in capsys.readouterr().out
+    moved = dataclasses.replace(used, init=save_tiny_gpt2(tmp_path / "same"), n_embd=4)
+    _, data, moved = rlhf.starting_point(moved)
+    settings = rlhf.stage_settings(used, data, "language_model")
+    assert saved["settings"] == settings == rlhf.stage_settings(moved, data, "language_model")
+    _, data, _ = rlhf.starting_point(
+        dataclasses.replace(used, init=save_tiny_gpt2(tmp_path / "same", seed=1)))
+    settings = rlhf.stage_settings(used, data, "language_model")
+    assert [k for k in settings if settings[k] != saved["settings"][k]] == ["init"]
+
+
+def test_what_cannot_start_from_weights_is_one_line(tmp_path, monkeypatch, capsys):
+    """Another vocabulary, too short a context, no such directory, a tokenizer out of reach."""
+    data = write_data(tmp_path / "data", [GOOD_LINE])
+    monkeypatch.setattr(dataset.tiktoken, "get_encoding", tiny_bpe)
+
+    def answer(init, *more):
+        return refused(capsys, "--init", init, "--data", data, "--out_dir", tmp_path / "o", *more)
+
+    assert "no config.json" in answer(tmp_path / "none")
+    assert "vocabulary of 999 tokens, expected the 1,024" in answer(
+        save_tiny_gpt2(tmp_path / "v", vocab=999))
+    tiny = save_tiny_gpt2(tmp_path / "a", context=20)
+    assert "at most 17" in answer(tiny, "--max_new_tokens", "18")
+
+    def offline(name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(dataset.tiktoken, "get_encoding", offline)
+    line = answer(tiny, "--max_new_tokens", "9")
+    for name in ("vocab.bpe", "encoder.json"):  # tiktoken's name of a cached file
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        assert f"{name} as {hashlib.sha1(url.encode()).hexdigest()}" in line
+    assert "TIKTOKEN_CACHE_DIR" in line and not (tmp_path / "o").exists()
+
+
+def test_gpt2s_own_tokenizer_is_read_from_a_cache(monkeypatch):
+    """The names in that line are the right ones: the files lie in an optional directory."""
+    if not (SHARED / "tiktoken_gpt2").is_dir():
+        pytest.skip("optional data tiktoken_gpt2 is not there")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_gpt2"))
+    encoding = dataset.tokenizer_of(None, init="gpt2")
+    assert encoding.eot_token == 50256 and encoding.n_vocab == 50257
+    assert encoding.encode_ordinary("Hello world") == [15496, 995]
+
+
+def ask(first_run, directory, keys):
+    """A sitting of data/label.py whose keys come through a pipe; the rows that it leaves."""
+    read, write = os.pipe()
+    os.write(write, keys)
+    os.close(write)
+    try:
+        label.label(first_run.out, directory, read)
+    finally:
+        os.close(read)
+    return read_rows(directory)
+
+
+def read_rows(directory):
+    return [row for row in dataset.read_pairs(Path(directory) / "preferences.jsonl")]
+
+
+def questions_of(text):
+    """What a sitting showed, between the keys that answered."""
+    return [part.strip() for part in re.split(r"l left .*\n→ .*\n", text)]
+
+
+def test_label_appends_each_answer_and_undoes_the_last(first_run, tmp_path, capsys, monkeypatch):
+    """left, right, skip, undo, quit: as letters or arrows, with or without line ends."""
+    monkeypatch.setenv("COLUMNS", "70")
+    rows = ask(first_run, tmp_path / "a", b"l\nr\nq\nl")
+    shown = capsys.readouterr().out
+    assert len(rows) == 2 and f"2 answers in {tmp_path / 'a'}" in shown
+    assert all(len(line) <= 70 for line in shown.splitlines()[:-1])
+    for row, side in zip(rows, (0, 1)):
+        assert row[0] in shown and row[1] != row[2]
+    other = ask(first_run, tmp_path / "b", b"\x1b[C?\x1b[D")  # the other way, ended by the pipe
+    assert other == [(x, l, w) for x, w, l in rows]  # the same questions, other answers
+    capsys.readouterr()
+    # Undo asks the undone pair again, then the one that was on the screen.
+    again = ask(first_run, tmp_path / "c", b"lsulu" + b"url" + b"q")
+    first, second, third, fourth, fifth, sixth, seventh, *_ = questions_of(capsys.readouterr().out)
+    assert first == fourth == sixth and third == fifth and len({first, second, third}) == 3
+    assert seventh.startswith("nothing of this sitting to undo") and seventh.endswith(first)
+    assert again[0] == other[0] and len(again) == 2
+    raw = (tmp_path / "c" / "preferences.jsonl").read_text("utf-8").splitlines()
+    assert [list(json.loads(line)) for line in raw] == [["prompt", "chosen", "rejected"]] * 2
+
+
+def test_label_asks_no_pair_twice_and_goes_on_after_a_torn_end(first_run, tmp_path, monkeypatch):
+    """Across sittings; a last line without its end is completed before the next."""
+    rows = ask(first_run, tmp_path, b"llll")
+    path = tmp_path / "preferences.jsonl"
+    path.write_bytes(path.read_bytes().removesuffix(b"\n"))
+    seeded = rlhf.seeded  # the second sitting draws what the first one drew
+    monkeypatch.setattr(rlhf, "seeded", lambda seed, stage, step: seeded(seed, stage, step - 4))
+    assert len(rows) == 4 and ask(first_run, tmp_path, b"q") == rows
+    both = ask(first_run, tmp_path, b"rrrr")
+    assert both[:4] == rows and len({(x, *sorted((w, l))) for x, w, l in both}) == 8
+
+
+def test_label_undoes_nothing_that_another_wrote(first_run, tmp_path, capsys, monkeypatch):
+    """A line that came behind the last answer stays, and so does the answer."""
+    path, read_key = tmp_path / "preferences.jsonl", label.read_key
+
+    def key(fd):
+        name = read_key(fd)
+        if name == "undo":
+            dataset.append_record(path, pair("x", "y", "z"))
+        return name
+
+    monkeypatch.setattr(label, "read_key", key)
+    rows = ask(first_run, tmp_path, b"lu")
+    assert len(rows) == 2 and rows[1] == ("x", "y", "z")
+    assert "nothing of this sitting to undo" in capsys.readouterr().out
+
+
+def test_a_directory_of_labels_is_a_data_directory(first_run, tmp_path):
+    """The corpus, prompts and tokenizer of the run stand beside the answers: `--data` trains."""
+    rows = ask(first_run, tmp_path / "labels", b"lrlrlrlr")
+    mine, theirs = (dataset.load(path, 128, 8) for path in (tmp_path / "labels", first_run.data))
+    pairs = mine.train.pairs + mine.held_out.pairs  # so few may stand on both sides
+    assert len(set(map(str, pairs))) == len(rows) == 8
+    assert mine.train.prompts == theirs.train.prompts
+    assert mine.train.documents + mine.held_out.documents
+    assert (tmp_path / "labels" / "corpus.txt").read_bytes() == (
+        first_run.data / "corpus.txt").read_bytes()
+    (tmp_path / "labels" / "corpus.txt").write_text("mine")
+    ask(first_run, tmp_path / "labels", b"q")
+    assert (tmp_path / "labels" / "corpus.txt").read_text() == "mine"  # nothing is written over
+    data = SimpleNamespace(train=SimpleNamespace(prompts=["a b", "two\nlines"]),
+                           held_out=SimpleNamespace(prompts=[" "]), text=lambda prompt: prompt)
+    source = write_data(tmp_path / "source", [GOOD_LINE])
+    (source / "tokenizer.tiktoken").write_bytes(SHIPPED_RANKS)
+    for init in (None, "gpt2"):
+        (tmp_path / str(init)).mkdir()
+        label.complete(tmp_path / str(init), Config(data_dir=str(source), init=init), data)
+        assert (tmp_path / str(init) / "prompts.txt").read_text("utf-8") == "a b\n"
+        assert (tmp_path / str(init) / "tokenizer.tiktoken").exists() == (init is None)
+
+
+def test_label_shows_no_control_character_and_marks_a_cut(capsys, monkeypatch):
+    """Side by side to the terminal's width; a prompt of several lines keeps them."""
+    monkeypatch.setenv("COLUMNS", "40")
+    label.show("one\ntwo", ["left \x1b[31m" + "word " * 9, "right"], [False, True])
+    text = capsys.readouterr().out
+    assert "\x1b" not in text and "one\ntwo\n" in text and "…right […]" in text
+    assert max(map(len, text.splitlines()[:-1])) <= 40 and text.count(" | ") == 4
+
+
+def test_a_terminal_gives_single_keys_and_gets_its_settings_back(first_run, tmp_path):
+    """On a pseudo-terminal: no line end is needed, nothing is echoed, also when stopped."""
+    termios, pty = pytest.importorskip("termios"), pytest.importorskip("pty")
+    master, terminal = pty.openpty()
+    before = termios.tcgetattr(terminal)
+    for keys in (b"rlq", None):
+        with contextlib.suppress(KeyboardInterrupt), label.single_keys(terminal):
+            flags = termios.tcgetattr(terminal)[3]
+            assert not flags & termios.ICANON and not flags & termios.ECHO
+            assert flags & termios.ISIG  # Ctrl-C still interrupts
+            if keys is None:
+                raise KeyboardInterrupt
+            os.write(master, keys)
+            assert [label.read_key(terminal) for _ in keys] == ["right", "left", "quit"]
+        assert termios.tcgetattr(terminal) == before
+    os.close(master)
+    os.close(terminal)
+
+
+def test_what_label_cannot_do_is_one_line(first_run, tmp_path, capsys, monkeypatch):
+    """A file that cannot be appended to, no model, a broken file, a full disk: status 2."""
+    (tmp_path / "dir" / "preferences.jsonl").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    broken = write_data(tmp_path / "broken", ["{oops"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "lm.pt").write_bytes((first_run.out / "lm.pt").read_bytes()[:999])
+    for arguments, problem in (
+            (["--data", tmp_path / "dir"], "cannot append to .*not a file"),
+            (["--data", tmp_path / "file"], "cannot append to .*File exists"),
+            (["--data", broken], "preferences.jsonl:1: not JSON"),
+            (["--data", dataset.SHIPPED], "the shipped data"),
+            (["--out-dir", tmp_path / "none"], "lm.pt: no such file"),
+            (["--out_dir", tmp_path / "out"], "not a readable checkpoint"), (["--nope"], "--nope")):
+        with pytest.raises(SystemExit) as caught:
+            label.main(["--out_dir", str(first_run.out), "--data", str(tmp_path / "new"),
+                        *map(str, arguments)])
+        output = capsys.readouterr()
+        assert caught.value.code == 2 and output.err.count("\n") == 1 and not output.out
+        assert re.match(f"label.py: .*{problem}", output.err), output.err
+    assert not (tmp_path / "new").exists()
+    with open(tmp_path / "full", "ab", buffering=0) as file:
+        label.append(file, b"whole\n")
+
+        class Full:
+            """A disk with room for three more bytes."""
+            name, seek, truncate = file.name, file.seek, file.truncate
+
+            def write(self, line):
+                return file.write(line[:3])
+
+        with pytest.raises(OSError, match="no room"):
+            label.append(Full(), b"another\n")
+    assert (tmp_path / "full").read_bytes() == b"whole\n"
+
+
+def test_label_runs_as_a_script(first_run, tmp_path):
+    """Keys through a pipe to `python data/label.py`."""
+    done = subprocess.run(
+        [sys.executable, REPO / "data" / "label.py", "--out-dir", first_run.out, "--data",
+         tmp_path], input="l\nr\n", capture_output=True, text=True, cwd=tmp_path, encoding="utf-8")
+    assert done.returncode == 0 and not done.stderr and len(read_rows(tmp_path)) == 2
+
+
+def test_trls_standard_forms_are_read_and_a_conversational_one_names_them(tmp_path):
+    """Explicit and implicit prompts; columns that a trainer added are passed over."""
+    rows = [pair("The sky is", " blue.", " green.") | {"score_chosen": 1.5},
+            {"chosen": "The sky is blue.", "rejected": "The sky is green.", "margin": None}]
+    assert read_rows(write_data(tmp_path, rows)) == [
+        ("The sky is", " blue.", " green."), ("", "The sky is blue.", "The sky is green.")]
+    messages = [{"role": "user", "content": "What colour is the sky?"}]
+    for row in (pair(messages, messages, messages), {"chosen": messages, "rejected": messages},
+                pair("What colour?", messages, messages)):
+        with pytest.raises(dataset.DataError, match="conversational.*prompt.*chosen.*rejected"):
+            read_rows(write_data(tmp_path, [row]))
+
+
+def readme(word):
+    """The README's Python lines that have this word."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text("utf-8"), re.DOTALL)
+    block, = (block for block in blocks if word in block)
+    return block
+
+
+def test_the_readmes_reward_of_ones_own_is_learned():
+    """The lines as they stand: PPO from a reward that is ten lines of Python, no preferences."""
+    names = {}
+    exec(readme("def vowels"), names)
+    before, after = names["history"][0]["reward"], names["history"][-1]["reward"]
+    print(f"{before:.2f} → {after:.2f}")
+    assert 0 < before < 0.3 and after > before + 0.2
+
+
+def test_the_readmes_lines_save_a_policy(first_run, tmp_path, monkeypatch):
+    """out/policy.pt in Hugging Face's layout."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").symlink_to(first_run.out)
+    exec(readme("save_pretrained"), {})
+    policy = weights(first_run.out)
+    again = GPT.from_pretrained("hf").state_dict()
+    assert all(torch.equal(policy[f"gpt.{name}"], value) for name, value in again.items())
+
+
+def test_the_readmes_memory_of_gpt2_is_its_arithmetic():
+    """Its number of weights and the bytes of a token's activations, counted."""
+    text = (REPO / "README.md").read_text("utf-8")
+
+    def count(V, S, L, C):
+        return V * C + S * C + L * (12 * C * C + 13 * C) + 2 * C
+
+    assert count(11, 10, 2, 12) == sum(p.numel() for p in gpt_for_files().parameters())
+    assert f"{count(50257, 1024, 12, 768):,} weights" in text
+    sizes = []
+    for layers in (2, 4):
+        gpt, kept = GPT(GPTConfig(50, 160, layers, 4, 256, 49)), {}
+
+        def keep(tensor):
+            if tensor.is_floating_point() and not isinstance(tensor, torch.nn.Parameter):
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
+                torch.autocast("cpu", torch.bfloat16):
+            gpt.hidden(torch.zeros(2, 160, dtype=torch.long))
+        sizes.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
+    copies = 12 * 256**2 * 2
+    assert round(((sizes[1] - sizes[0]) / 2 - copies) / (2 * 160 * 256)) == 36 and "36 C L" in text
