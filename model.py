@@ -28,6 +28,22 @@ class GPTConfig:
     eos_token: int = 1023   # begins every sequence and ends every response
 
 
+def pack(x, valid):
+    """(B, S, …) -> (N, …): the entries `valid` (N,) of the flattened rows; None keeps all of x.
+
+    Every layer but attention treats each token alone: packed, none of them works on padding.
+    """
+    return x if valid is None else x.flatten(0, 1).index_select(0, valid)
+
+
+def unpack(x, valid, shape):
+    """(N, …) -> (B, S, …), the inverse of `pack`, with 0 in padded places."""
+    if valid is None:
+        return x
+    B, S = shape
+    return x.new_zeros(B * S, *x.shape[1:]).index_copy(0, valid, x).unflatten(0, (B, S))
+
+
 def causal_attention(q, k, v):
     """softmax(q kᵀ / √hs) v, each query over the keys at positions <= its own; all (B, nh, S, hs).
 
@@ -51,9 +67,10 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, positions=None, seen=None):
-        B, S, C = x.shape
-        q, k, v = self.c_attn(x).view(B, S, 3, self.n_head, C // self.n_head).unbind(2)
+    def forward(self, x, shape, valid=None, cache=None, positions=None, seen=None):
+        (B, S), C = shape, x.shape[-1]
+        qkv = unpack(self.c_attn(x), valid, shape)                         # (B, S, 3C)
+        q, k, v = qkv.view(B, S, 3, self.n_head, C // self.n_head).unbind(2)
         q = q.transpose(1, 2)                                              # (B, nh, S, hs)
         if cache is None:
             y = causal_attention(q, k.transpose(1, 2), v.transpose(1, 2))  # (B, nh, S, hs)
@@ -65,7 +82,7 @@ class Attention(nn.Module):
             # … and sees no key after them: what an earlier, padded write left there is garbage.
             y = F.scaled_dot_product_attention(
                 q, keys.to(q.dtype), values.to(q.dtype), attn_mask=seen)   # (B, nh, S, hs)
-        return self.c_proj(y.transpose(1, 2).reshape(B, S, C))
+        return self.c_proj(pack(y.transpose(1, 2).reshape(B, S, C), valid))
 
 
 class MLP(nn.Module):
@@ -90,8 +107,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, positions=None, seen=None):
-        x = x + self.attn(self.ln_1(x), cache, positions, seen)
+    def forward(self, x, *context):
+        x = x + self.attn(self.ln_1(x), *context)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -117,34 +134,39 @@ class GPT(nn.Module):
                 depth = math.sqrt(2 * config.n_layer) if "c_proj" in name else 1
                 nn.init.normal_(p, std=std / depth, generator=generator)
 
-    def hidden(self, tokens, cache=None, positions=None):
+    def hidden(self, tokens, cache=None, positions=None, lengths=None):
         """Final hidden states (B, S, C) of tokens (B, S).
 
-        Without a cache, row b's token s stands at position s, and rows are right-padded. With a
-        cache (see `new_cache`), token s of row b stands at positions[b, s], its key and value are
-        written there, and it attends to the cached keys at positions <= its own.
+        Without a cache, row b's token s stands at position s, and rows are right-padded; with
+        `lengths` (B,), nothing is computed for the padding behind them, and its states are 0. With
+        a cache (see `new_cache`), token s of row b stands at positions[b, s], its key and value
+        are written there, and it attends to the cached keys at positions <= its own.
         """
-        S = tokens.shape[1]
-        if S > self.config.block_size:
-            raise ValueError(f"{S} tokens do not fit the context of {self.config.block_size}")
-        where = torch.arange(S, device=tokens.device) if positions is None else positions
-        x = self.wte(tokens) + self.wpe(where)                             # (B, S, C)
+        shape, valid = tokens.shape, None
+        if shape[1] > self.config.block_size:
+            raise ValueError(
+                f"{shape[1]} tokens do not fit the context of {self.config.block_size}")
+        where = torch.arange(shape[1], device=tokens.device).expand(shape)
+        if lengths is not None and int(lengths.min()) < shape[1]:
+            valid = (where < lengths[:, None]).flatten().nonzero().squeeze(1)     # (N,)
         seen = cache and (torch.arange(cache[0][0].shape[2], device=tokens.device)
                           <= positions[:, None, :, None])                  # (B, 1, S, K)
+        where = where if positions is None else positions
+        x = self.wte(pack(tokens, valid)) + self.wpe(pack(where, valid))   # (B, S, C) or (N, C)
         for i, block in enumerate(self.h):
-            x = block(x, cache and cache[i], positions, seen)
-        return self.ln_f(x)
+            x = block(x, shape, valid, cache and cache[i], positions, seen)
+        return unpack(self.ln_f(x), valid, shape)
 
     def logits(self, hidden):
         """(…, C) -> (…, V), with the output embedding tied to the input embedding."""
         return F.linear(hidden, self.wte.weight)
 
-    def forward(self, tokens, positions=None):
+    def forward(self, tokens, steps=None, lengths=None):
         """Logits (B, S, V) of right-padded tokens (B, S): logits[b, s] predict token s + 1.
 
-        With `positions` (B, T), only those are projected: (B, T, V).
+        With `steps` (B, S) of bool, only where it is True: (N, V). `lengths`: see `hidden`.
         """
-        return self.logits(pick(self.hidden(tokens), positions))
+        return self.logits(pick(self.hidden(tokens, lengths=lengths), steps))
 
     def new_cache(self, batch, length):
         """Room for `length` keys and values of `batch` rows: a list of (keys, values) a layer."""
@@ -166,11 +188,9 @@ class GPT(nn.Module):
         save_gpt2(self, directory)
 
 
-def pick(x, positions):
-    """x (B, S, C) at positions (B, T) -> (B, T, C); all of x if positions is None."""
-    if positions is None:
-        return x
-    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+def pick(x, steps):
+    """x (B, S, C) where `steps` (B, S) is True -> (N, C), row by row; all of x if it is None."""
+    return x if steps is None else pack(x, steps.flatten().nonzero().squeeze(1))
 
 
 class ActorCritic(nn.Module):
@@ -188,13 +208,13 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, tokens, positions=None):
-        """Logits (B, T, V), values (B, T) at `positions` (B, T) of tokens (B, S); None: at all S.
+    def forward(self, tokens, steps=None, lengths=None):
+        """Logits (B, S, V) and values (B, S) of tokens (B, S); (N, V), (N,) where `steps` is True.
 
         Both are read from the same hidden state: at position P-1+t, the last token of s_t, they
-        are log π(·|s_t) before its softmax, and V(s_t).
+        are log π(·|s_t) before its softmax, and V(s_t). `lengths`: see GPT.hidden.
         """
-        x = pick(self.gpt.hidden(tokens), positions)                       # (B, T, C)
+        x = pick(self.gpt.hidden(tokens, lengths=lengths), steps)          # (B, S, C) or (N, C)
         return self.gpt.logits(x), self.value_head(x).squeeze(-1)
 
 
@@ -214,8 +234,9 @@ class RewardModel(nn.Module):
 
     def forward(self, tokens, lengths):
         """Scores (B,) of right-padded tokens (B, S) whose rows have `lengths` (B,) tokens."""
-        x = pick(self.gpt.hidden(tokens), lengths[:, None] - 1)            # (B, 1, C)
-        return self.reward_head(x).squeeze(-1).squeeze(-1)
+        x = self.gpt.hidden(tokens, lengths=lengths)                       # (B, S, C)
+        last = x[torch.arange(len(x), device=x.device), lengths - 1]       # (B, C)
+        return self.reward_head(last).squeeze(-1)
 
     @torch.no_grad()
     def normalize(self, scores):

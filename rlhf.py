@@ -173,10 +173,6 @@ class Rollout:
                 for k, v in part.items()} | {"tokens": part["tokens"][:, :used]}
         return type(self)(**part)
 
-    def parts(self, size):
-        """Row indices in parts of `size` rows of similar length: little of a part is padding."""
-        return (self.prompt_lengths + self.mask.sum(1)).argsort(stable=True).split(size)
-
 
 def sample_tokens(log_probs, uniforms):
     """One token a row by inverse transform: the first whose cumulative probability exceeds u.
@@ -250,12 +246,6 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
     actions = tokens.gather(1, at).where(mask, 0)
     tokens.scatter_(1, at, actions)
     return Rollout(tokens[:, :P + T], prompt_lengths, actions, mask, log_probs.where(mask, 0))
-
-
-def response_positions(prompt_lengths, tokens, T):
-    """P-1+t: where the logits and the value of time step t are read. (B, T)"""
-    positions = prompt_lengths[:, None] - 1 + torch.arange(T, device=tokens.device)
-    return positions.clamp_max(tokens.shape[1] - 1)  # beyond it there is only padding
 
 
 # =================================================================================================
@@ -603,14 +593,10 @@ def reward_scores(reward_model, rollout):
     """r(x, y) (B,) of sampled responses. One that was cut is read at an end token put behind it:
     the reward model has only ever been read at end tokens."""
     weight, eos = reward_model.gpt.wte.weight, reward_model.gpt.config.eos_token
-    scores = torch.zeros(len(rollout.tokens), device=weight.device, dtype=weight.dtype)
-    for rows in rollout.parts(16):
-        part = rollout.take(rows)
-        lengths = part.prompt_lengths + part.mask.sum(1)                   # (b,)
-        tokens = F.pad(part.tokens, (0, 1)).scatter(1, lengths[:, None], eos)
-        with autocast(reward_model):
-            scores[rows] = reward_model(tokens, lengths + ~ends(part, eos)).to(weight.dtype)
-    return scores
+    lengths = rollout.prompt_lengths + rollout.mask.sum(1)                 # (B,)
+    tokens = F.pad(rollout.tokens, (0, 1)).scatter(1, lengths[:, None], eos)  # (B, P+T+1)
+    with autocast(reward_model):
+        return reward_model(tokens, lengths + ~ends(rollout, eos)).to(weight.dtype)
 
 
 def ends(rollout, eos_token):
@@ -638,13 +624,24 @@ class Experience(Rollout):
 
 
 def forward_responses(model, batch, temperature):
-    """Logits (B, T, V) and values (B, T) at the response's positions; a GPT has values None."""
-    positions = response_positions(batch.prompt_lengths, batch.tokens, batch.actions.shape[1])
-    with autocast(model):
-        out = model(batch.tokens, positions)
+    """A full pass over prompts and responses, read at position P-1+t for each valid step t.
+
+    returns: log_probs (B, T) of the actions; values (B, T), None of a GPT; both 0 after the end;
+    logits (N, V) of the N valid steps alone, row by row
+    """
+    at = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)   # (P+T,)
+    first = batch.prompt_lengths[:, None] - 1                              # (B, 1): of t = 0
+    end = first + batch.mask.sum(1, keepdim=True)                          # (B, 1)
+    with autocast(model):  # the last action is read nowhere: the rows are `end` tokens long
+        out = model(batch.tokens, (first <= at) & (at < end), end.squeeze(1))
     logits, values = out if isinstance(out, tuple) else (out, None)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return logits.to(wide) / temperature, values if values is None else values.to(wide)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+
+    def as_steps(x):  # (N,) -> (B, T)
+        return logits.new_zeros(batch.mask.shape).masked_scatter(batch.mask, x.to(logits))
+
+    log_probs = as_steps(gather_log_probs(logits, batch.actions[batch.mask]))
+    return log_probs, values if values is None else as_steps(values), logits
 
 
 @torch.no_grad()
@@ -663,15 +660,12 @@ def collect(policy, reference, reward_fn, prompts, config, generator=None):
 
     mask = sampled.mask
     log_probs, ref_log_probs, values = sampled.log_probs.new_zeros(3, *mask.shape)  # 3 × (B, T)
-    for rows in sampled.parts(config.micro_batch_size):  # (B, T, V) never at once
-        part = sampled.take(rows)
-        at = rows[:, None], torch.arange(part.mask.shape[1], device=rows.device)
-        logits, values[at] = forward_responses(policy, part, config.temperature)
-        log_probs[at] = gather_log_probs(logits, part.actions)
-        logits, _ = forward_responses(reference, part, config.temperature)
-        ref_log_probs[at] = gather_log_probs(logits, part.actions)
-    log_probs, ref_log_probs, values = (x.where(mask, 0) for x in
-                                        (log_probs, ref_log_probs, values))
+    for rows in torch.arange(len(mask), device=mask.device).split(config.micro_batch_size):
+        part = sampled.take(rows)  # the logits of all rows at once would fill the memory
+        T = part.mask.shape[1]
+        log_probs[rows, :T], values[rows, :T], _ = forward_responses(policy, part,
+                                                                     config.temperature)
+        ref_log_probs[rows, :T], *_ = forward_responses(reference, part, config.temperature)
 
     rewards = kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, config.kl_coef)
     advantages = gae(rewards, values, mask, config.gamma, config.lam)
@@ -685,8 +679,7 @@ def ppo_loss(policy, batch, config, watch_entropy=True):
 
     returns: (loss (), what to watch: a dictionary of floats)
     """
-    logits, values = forward_responses(policy, batch, config.temperature)  # (B, T, V), (B, T)
-    log_probs = gather_log_probs(logits, batch.actions)
+    log_probs, values, logits = forward_responses(policy, batch, config.temperature)
     policy_part = ppo_policy_loss(log_probs, batch.log_probs, batch.advantages, batch.mask,
                                   config.clip)
     value_part = value_loss(values, batch.values, batch.returns, batch.mask, config.value_clip)
@@ -696,8 +689,8 @@ def ppo_loss(policy, batch, config, watch_entropy=True):
     watched = {"policy_loss": policy_part, "value_loss": value_part,
                "approx_kl": masked_mean(log_ratio.expm1() - log_ratio, batch.mask),  # k3
                "clip_fraction": masked_mean(clipped.float(), batch.mask)}
-    if config.entropy_coef or watch_entropy:  # it reads all of (B, T, V): not for nothing
-        bonus = entropy(logits if config.entropy_coef else logits.detach(), batch.mask)
+    if config.entropy_coef or watch_entropy:  # it costs as much as the rest: not for nothing
+        bonus = entropy(logits if config.entropy_coef else logits.detach(), batch.mask[batch.mask])
         loss, watched["entropy"] = loss - config.entropy_coef * bonus, bonus
     return loss, {name: float(value.detach()) for name, value in watched.items()}
 
@@ -818,9 +811,8 @@ def evaluate(policy, reference, reward_fn, prompts, config, true_reward_fn=None)
             if true_reward_fn:
                 columns["true_reward"] = true_reward_fn(r)
             if side == "ppo":
-                logits, _ = forward_responses(reference, r, config.temperature)
-                kl, _ = kl_estimates(r.log_probs, gather_log_probs(logits, r.actions), r.mask)
-                columns["kl"] = kl
+                ref_log_probs, *_ = forward_responses(reference, r, config.temperature)
+                columns["kl"], _ = kl_estimates(r.log_probs, ref_log_probs, r.mask)
             for b, row in enumerate(rows):
                 row[side] = r.actions[b][r.mask[b]].tolist()
                 for name, values in columns.items():
@@ -1162,8 +1154,8 @@ def sample(config, prompt, n=3):
     for model, name in ((lm, "language model"), (policy, "PPO policy")):
         r = rollout(model, [[eos, *tokens]] * n, config.max_new_tokens, eos, config.temperature,
                     seeded(config.seed, "sample", 0))
-        logits, _ = forward_responses(lm, r, config.temperature)
-        kl, _ = kl_estimates(r.log_probs, gather_log_probs(logits, r.actions), r.mask)
+        ref_log_probs, *_ = forward_responses(lm, r, config.temperature)
+        kl, _ = kl_estimates(r.log_probs, ref_log_probs, r.mask)
         scores = reward_scores(reward_model, r)
         texts = [encoding.decode([t for t in a[m].tolist() if t != eos], errors="replace")
                  for a, m in zip(r.actions, r.mask)]
@@ -1198,8 +1190,8 @@ def explain(config, prompt, step):
                 seeded(config.seed, "explain", 0))
     ppo_update(policy, make_optimizer(policy, config.ppo_lr, (0.9, 0.999), 1e-5), e, config)
     with torch.no_grad():
-        logits, _ = forward_responses(policy, e, config.temperature)
-    ratio = (gather_log_probs(logits, e.actions) - e.log_probs).exp()      # (1, T)
+        log_probs, *_ = forward_responses(policy, e, config.temperature)
+    ratio = (log_probs - e.log_probs).exp()                                # (1, T)
     columns = trajectory_columns(e, ratio, config)
 
     actions, P = e.actions[0].tolist(), int(e.prompt_lengths[0])
