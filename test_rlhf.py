@@ -1064,7 +1064,7 @@ def test_no_gradient_is_left_behind_by_an_early_stop():
     assert same(policy, other)
 
 
-def test_no_epoch_follows_an_early_stop_and_none_comes_below_the_limit():
+def test_no_epoch_follows_an_early_stop_and_no_stop_comes_below_the_limit():
     """The first minibatch with k3 > limit ends all epochs; k3 <= limit goes on, None always."""
     policy = tiny_policy(0)
     experience, config = experience_of(policy, tiny_gpt(1), minibatch_size=1, early_stop_kl=1e-5)
@@ -1247,7 +1247,7 @@ def language_model_stage(**settings):
     """(a GPT, train(model, state=…, on_step=…)): documents that repeat a token."""
     draw = random.Random(0)
     documents = [[5] + [draw.randrange(5)] * draw.randrange(1, 6) + [5] for _ in range(30)]
-    config = Config(**dict(lm_epochs=20, lm_batch_size=8, lm_lr=3e-2, max_new_tokens=4,
+    config = Config(**dict(lm_epochs=18, lm_batch_size=8, lm_lr=3e-2, max_new_tokens=4,
                            block_size=12) | settings)
     return tiny_gpt(0, vocab=6, width=8, std=0.1).float(), functools.partial(
         rlhf.train_language_model, documents=documents, config=config)
@@ -1326,8 +1326,8 @@ def test_train_language_model_learns_a_corpus():
     log, first = [], rlhf.language_model_loss(gpt, train.keywords["documents"])
     train(gpt, on_step=lambda metrics, state: log.append(
         (state["optimizer"]["param_groups"][0]["lr"], metrics["steps"])))
-    assert [rate for rate, _ in log] == pytest.approx(warmed_up(3e-2, 80, 8))
-    assert {steps for _, steps in log} == {80}  # 20 epochs of 30 / 8 steps
+    assert [rate for rate, _ in log] == pytest.approx(warmed_up(3e-2, 72, 7))
+    assert {steps for _, steps in log} == {72}  # 18 epochs of 30 / 8 steps, a tenth to warm up
     assert rlhf.language_model_loss(gpt, train.keywords["documents"]) < 1.1 < 1.5 < first
 
 
@@ -1345,13 +1345,13 @@ def test_the_language_model_loss_is_the_mean_over_tokens_that_were_predicted():
 
 def test_train_reward_model_learns_the_order_and_normalises_on_the_references_samples():
     """min −E log σ(r_w − r_l), then mean 0 and std 1 on π_ref's own responses."""
-    model, train = reward_model_stage(rm_epochs=5)
+    model, train = reward_model_stage(rm_epochs=9)
     pairs, gpt, prompts = (train.keywords[k] for k in ("pairs", "reference", "prompts"))
     frozen, log = copy.deepcopy(gpt), []
     train(model, on_step=lambda metrics, state: log.append(
         metrics | {"lr": state["optimizer"]["param_groups"][0]["lr"]}))
-    assert [m["lr"] for m in log] == pytest.approx(warmed_up(1e-2, 30, 3))
-    assert {m["steps"] for m in log} == {30} and same(gpt, frozen)  # 5 epochs of 48 / 8 steps
+    assert [m["lr"] for m in log] == pytest.approx(warmed_up(1e-2, 54, 5))
+    assert {m["steps"] for m in log} == {54} and same(gpt, frozen)  # 9 epochs of 48 / 8 steps
     assert log[0]["loss"] > 0.2 and log[-1]["loss"] < 0.05 and log[-1]["accuracy"] == 1
     turned, ties = [(x, l, w) for x, w, l in pairs], [(x, w, w) for x, w, _ in pairs]
     for given, accuracy in ((pairs, 1), (turned, 0), (ties, 0.5), (pairs[:3] + turned[:1], 0.75)):
@@ -2042,6 +2042,7 @@ UNREADABLE = {
     "cut": (cut_file("pytorch_model.bin", 0.6), "not a readable checkpoint"),
     "empty": (cut_file("pytorch_model.bin", 0), "not a readable checkpoint"),
     "foreign": (lambda d: (d / "pytorch_model.bin").write_text("hello"), "not a readable"),
+    "a number among them": (edit_weights(lambda t: t | {"x": 1}), "does not hold a state dict"),
     "a list": (edit_weights(lambda t: list(t.values())), "does not hold a state dictionary"),
     "missing": (edit_weights(lambda t: without(t, LN_F)), "missing ln_f.bias"),
     "extra": (edit_weights(lambda t: t | {"transformer.more": t[LN_F]}), "unexpected more"),
@@ -2079,6 +2080,22 @@ def test_a_config_may_leave_out_or_spell_out_what_is_usual(tmp_path):
     assert GPT.from_pretrained(tmp_path).config.eos_token == 4
     edit_weights(lambda t: without(t, "lm_head.weight"))(tmp_path)
     assert same(GPT.from_pretrained(tmp_path), gpt)
+
+
+def test_a_name_is_downloaded_once_to_torchs_cache(tmp_path, monkeypatch):
+    """Its two files; without a network, one line that says where to put them."""
+    gpt, fetched = gpt_for_files(), []
+    gpt.save_pretrained(tmp_path / "hub")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path: fetched.append(
+        url) or shutil.copy(tmp_path / "hub" / url.split("/")[-1], path))
+    assert same(GPT.from_pretrained("gpt2"), gpt) and same(GPT.from_pretrained("gpt2"), gpt)
+    assert fetched == [f"https://huggingface.co/gpt2/resolve/main/{name}"
+                       for name in ("config.json", "pytorch_model.bin")]
+    with pytest.raises(ValueError, match="gpt2-xl: cannot download .*config.json.* offline, put "):
+        (tmp_path / "hub" / "config.json").unlink()  # an OSError, as without a network
+        GPT.from_pretrained("gpt2-xl")
 
 
 class Explosive(str):
@@ -2136,10 +2153,10 @@ def keep_the_signal_handler():
     signal.signal(signal.SIGINT, before)
 
 
-def refused(capsys, *arguments):
-    """main() ends with status 2 and one line on stderr, which is returned."""
+def refused(capsys, *arguments, entry=rlhf.main):
+    """It ends with status 2 and one line on stderr, which is returned."""
     with pytest.raises(SystemExit) as caught:
-        rlhf.main([str(a) for a in arguments])
+        entry([str(a) for a in arguments])
     output = capsys.readouterr()
     assert caught.value.code == 2, (caught.value.code, output.err)
     assert output.err.count("\n") == 1 and output.err.startswith("rlhf.py: "), output.err
@@ -2165,7 +2182,7 @@ def test_a_setting_out_of_range_is_refused_in_one_line_that_names_it(capsys, fie
     """Exit status 2 before anything is read or trained; values at the edge are accepted."""
     bad, good = EDGES[field]
     for value in bad:
-        assert field in refused(capsys, f"--{field}={value}"), value
+        assert field in refused(capsys, f"--{field}={value}", entry=rlhf.parse), value
     for value in good:
         _, _, config, _ = rlhf.parse([f"--{field}={value}"])
         assert getattr(config, field) == (None if value == "none" else value)
@@ -2180,9 +2197,9 @@ def test_settings_of_the_wrong_kind_are_refused(capsys):
     assert Config(kl_coef=0, kl_target=None).kl_coef == 0
     for words, problem in (("--n_layer two", "n_layer"), ("--lam x", "lam"), ("--kl_target x", "x"),
                            ("--nope", "--nope"), ("--seed", "--seed"), ("train", "train"),
-                           ("--n_lay 1", "--n_lay"), ("sample", "sample needs a prompt"),
+                           ("--n_lay=1", "--n_lay"), ("sample", "sample needs a prompt"),
                            ("run prompt", "'prompt'")):
-        assert problem in refused(capsys, *words.split())
+        assert problem in refused(capsys, *words.split(), entry=rlhf.parse)
 
 
 def test_every_field_is_a_flag_with_a_line_of_help(capsys):
@@ -2360,7 +2377,7 @@ def test_sample_prints_both_columns_with_score_and_kl(first_run, capsys):
     (["language_model", "reward_model", "ppo"], [{"lm_lr": 1e-3}, {"seed": 1}, {"fresh": True},
                                                  {"data": "of other data"}]),
     ([], [{"eval_prompts": 5}, {"device": "auto"}])])
-def test_a_changed_setting_repeats_the_stages_that_depend_on_it(first_run, redone, changes):
+def test_a_changed_setting_repeats_the_stages_that_depend_on_it(first_run, redone, changes, capsys):
     """--kl_coef changed: the language model and the reward model are loaded, PPO starts anew."""
     data = dataset.load(first_run.data, 128, 8)
     for change in changes:
@@ -2370,6 +2387,8 @@ def test_a_changed_setting_repeats_the_stages_that_depend_on_it(first_run, redon
         found = {stage: rlhf.find_checkpoint(stage, config, other, "fresh" in change)
                  for stage in rlhf.FILES}
         assert [stage for stage, checkpoint in found.items() if checkpoint is None] == redone
+        said, name = capsys.readouterr().out, *change
+        assert name == "fresh" or said.count(f"starts anew, {name} was ") == len(redone)
 
 
 def test_a_checkpoint_that_cannot_be_read_is_made_anew(first_run, tmp_path, capsys):
