@@ -1828,6 +1828,8 @@ def test_real_preferences_load_and_their_skipped_rows_are_counted(name):
 
 def degenerate_texts(reviews):
     words, praise = " ".join(reviews[:30]).split(), sorted(annotator.GOOD)
+    shuffled = words[:40]
+    random.Random(0).shuffle(shuffled)
     return {"empty": "", "white space": " \n ", "one word": "Good.", "one word again": "the " * 20,
             "praise again": "superb " * 30, "praise in sentences": "Superb. " * 20,
             "a list of praise": ", ".join(praise[:40]) + ".",
@@ -1835,7 +1837,7 @@ def degenerate_texts(reviews):
             "a list of details": " ".join(sorted(annotator.DETAILS)[:60]) + ".",
             "a sentence six times": (reviews[0].split(". ")[0] + ". ") * 6,
             "a review three times": " ".join([reviews[1]] * 3),
-            "shuffled words": " ".join(random.Random(0).sample(words[:40], 40)),
+            "shuffled words": " ".join(shuffled),
             "letters": "asdf qwer zxcv uiop " * 8, "full stops": "." * 40,
             "cut short": " ".join(reviews[0].split()[:5]), "a ramble": " ".join(words[:300]),
             "pictures": "🎬" * 30, "digits": "1 2 3 4 5 6 7 8 9 10 11 12"}
@@ -2526,10 +2528,12 @@ def test_progress_is_one_line_on_a_terminal_and_plain_lines_in_a_file(capsys, mo
     assert line.startswith("ppo 30/40") and line.endswith("\n")
     assert "5.0/s" in line and "2 s left" in line and "1,234" in line
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "30")
     for step in (1, 2, 40):
         rlhf.show_progress("reward_model", step, 40, step / 5, {"loss": 1.25})
     text = capsys.readouterr().out
-    assert text.count("\r") == 3 and text.count("\n") == 1 and text.endswith("\n")
+    assert text.count("\n") == 1 and text.endswith("\n")
+    assert [len(line.strip("\n")) for line in text.split("\r\033[K")] == [0, 29, 29, 29]
 
 
 def test_the_summary_shows_samples_by_the_reward_that_judges(tmp_path, capsys, monkeypatch,
