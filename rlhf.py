@@ -15,6 +15,7 @@ Ziegler et al. 1909.08593. Shapes: B rows, S tokens of a row, T steps, V the voc
 """
 import argparse
 import dataclasses
+import functools
 import hashlib
 import inspect
 import itertools
@@ -845,6 +846,7 @@ FORMAT = 1  # of checkpoints
 SAVE_EVERY = 10  # seconds of work that a kill can cost
 
 
+@functools.cache
 def field_groups():
     """{group: {field: comment}} as they stand in Config's source: help and checkpoints read it."""
     groups = {}
