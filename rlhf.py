@@ -482,7 +482,8 @@ def apply_gradient(loss, model, optimizer, max_grad_norm, where):
 
 
 def optimizer_step(loss, model, optimizer, max_grad_norm, where):
-    """Backward, then `apply_gradient`."""
+    """Backward, from no gradient on, then `apply_gradient`."""
+    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     return apply_gradient(float(loss.detach()), model, optimizer, max_grad_norm, where)
 

@@ -81,7 +81,8 @@ def tiny_gpt(seed=0, vocab=4, layers=1, heads=2, width=4, context=12, std=0.3):
     gpt = GPT(GPTConfig(vocab, context, layers, heads, width, vocab - 1), generator).double()
     with torch.no_grad():
         for p in gpt.parameters():
-            p.add_(std * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+            noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            p.mul_(p.dim() == 1).add_(std * noise)
     return gpt
 
 
@@ -946,13 +947,18 @@ def test_no_log_prob_changes_at_a_learning_rate_of_0():
 def test_no_row_reads_differently_when_it_is_padded_by_0_3_or_7():
     """Right-padding and causal attention: what stands behind a row cannot reach it."""
     policy = tiny_policy(0, context=16)
-    rows = torch.tensor([[3, 2, 1, 0], [3, 0, 0, 2]])
-    positions = torch.tensor([[1, 2, 3], [0, 3, 1]])
-    logits, values = policy(rows, positions)
+    torch.nn.init.ones_(policy.value_head.weight)
+    rows, lengths = torch.tensor([[3, 2, 1, 0], [3, 0, 2, 0]]), torch.tensor([4, 3])
+    steps = torch.tensor([[False, True, True, True], [True, False, True, False]])
+    logits, values = (torch.cat([x[:1, 1:].flatten(0, 1), x[1:, 0], x[1:, 2]])
+                      for x in policy(rows))
     for padding, token in itertools.product((0, 3, 7), range(4)):
-        more_logits, more_values = policy(F.pad(rows, (0, padding), value=token), positions)
-        close(more_logits, logits, 1e-12)
-        close(more_values, values, 1e-12)
+        padded = F.pad(rows, (0, padding), value=token), F.pad(steps, (0, padding))
+        for known in (None, lengths):  # the padding is computed and hidden, or not computed
+            more_logits, more_values = policy(*padded, known)
+            close(more_logits, logits, 1e-12)
+            close(more_values, values, 1e-12)
+    assert (policy.gpt.hidden(padded[0], lengths=lengths)[1, 3:] == 0).all()
 
 
 def arguments(dtype=torch.float32):
@@ -1899,21 +1905,22 @@ def test_no_cached_pass_differs_from_the_whole_one():
     close(torch.cat(out, 1), whole)
     changed = torch.cat([tokens[:, :5], (tokens[:, 5:] + 1) % 6], 1)
     assert torch.equal(gpt(changed)[:, :5], whole[:, :5])  # causal, to the last bit
-    positions = torch.tensor([[0, 3], [8, 8], [2, 1]])
-    close(gpt(tokens, positions), whole[torch.arange(3)[:, None], positions])
+    steps = torch.rand(3, 9, generator=draws()) < 0.5
+    close(gpt(tokens, steps), whole[steps])
     with pytest.raises(ValueError, match="10 tokens do not fit the context of 9"):
         gpt(torch.zeros(1, 10, dtype=torch.long))
 
 
 def test_no_weight_starts_otherwise_than_gpt2s():
-    """N(0, 0.02), but 0.02 / √(2 n_layer) where a layer writes to the residual stream; biases 0."""
+    """N(0, σ), σ = 0.02 √(768 / C), but σ / √(2 n_layer) where a layer writes to the residual
+    stream; biases 0. GPT-2's width is 768."""
     gpt, again = [GPT(GPTConfig(300, 64, 3, 4, 64, 299), draws()) for _ in range(2)]
     assert same(gpt, again)
     for name, p in gpt.named_parameters():
         if p.dim() == 1:
             assert (p == (0 if name.endswith("bias") else 1)).all(), name
         else:
-            std = 0.02 / math.sqrt(6) if "c_proj" in name else 0.02
+            std = 0.02 * math.sqrt(768 / 64) / (math.sqrt(6) if "c_proj" in name else 1)
             assert p.std().item() == pytest.approx(std, rel=0.05) and abs(p.mean()) < std / 10, name
     with pytest.raises(ValueError, match="n_embd 10 does not divide into n_head 4"):
         GPT(GPTConfig(4, 8, 1, 4, 10, 3))
@@ -2245,7 +2252,7 @@ def test_what_explain_cannot_do_is_one_line(first_run, tmp_path, capsys):
     assert "lm.pt: no such file" in refused(capsys, "explain", "--out_dir", tmp_path)
     assert "--step" in refused(capsys, "explain", "--step", "3")
     assert "--step is for explain" in refused(capsys, "--step", "0")
-    out = copied(first_run, tmp_path)
+    out, _ = copied(first_run, tmp_path)
     checkpoint = load_checkpoint(out / "policy.pt")
     for key, value in (("config", {"no_such_field": 1}), ("weights", {})):
         save_checkpoint(out / "policy.pt", checkpoint | {key: value})
@@ -2267,7 +2274,7 @@ def test_the_frontier_measures_ppo_and_best_of_n_and_goes_on_where_it_was(
         tmp_path, monkeypatch, capsys, no_picture):
     """KL of best-of-n is log n − (n−1)/n; gains are in std of the language model; done is done."""
     data = small_data(tmp_path / "data")
-    (data / "tokenizer.tiktoken").write_bytes(SHIPPED_RANKS)
+    (data / "tokenizer.tiktoken").write_bytes((dataset.SHIPPED / "tokenizer.tiktoken").read_bytes())
     monkeypatch.setattr(dataset, "SHIPPED", data.resolve())
     configs = [Config(**SIZES | {"ppo_iterations": 2, "kl_coef": kl_coef}, data_dir=str(data),
                       out_dir=str(tmp_path / "frontier" / "seed0")) for kl_coef in (0.0, 0.5)]
@@ -2432,7 +2439,7 @@ def test_the_notebook_lines_of_the_readme_train_what_a_run_trains(first_run, mon
     names = {}
     exec(lines, names)
     for name, file in (("lm", "lm.pt"), ("reward_model", "reward.pt"), ("policy", "policy.pt")):
-        assert same_weights(names[name].state_dict(), weights(first_run.out, file)), name
+        assert same(names[name].state_dict(), weights(first_run.out, file)), name
     assert len(names["history"]) == 3 and not (REPO / "nowhere").exists()
     assert names["record"]["win_rate"] == first_run.record["win_rate"]
     assert capsys.readouterr().out.startswith(str(names["record"]["win_rate"]))
@@ -3007,12 +3014,12 @@ def test_init_starts_from_weights_with_their_sizes_and_tokenizer(tmp_path, monke
     config = Config(**settings)  # its block_size would leave no room; it is not used
     lm, data, used = rlhf.starting_point(config)
     assert lm.config == GPTConfig(1024, 96, 1, 2, 16, 1023)  # the tokenizer's end token
-    assert same_weights(lm.state_dict(), GPT.from_pretrained(config.init).state_dict())
+    assert same(lm.state_dict(), GPT.from_pretrained(config.init).state_dict())
     assert (used.block_size, used.n_layer, used.n_head, used.n_embd) == (96, 1, 2, 16)
     assert any("tokenizer.tiktoken is not used" in note for note in data.notes)
     rlhf.run(config)
     saved = load_checkpoint(tmp_path / "out" / "lm.pt")
-    assert same_weights(saved["weights"], lm.state_dict())  # no epoch: as they were
+    assert same(saved["weights"], lm.state_dict())  # no epoch: as they were
     assert Config(**saved["config"]) == used
     rlhf.main(["sample", "the", "--out_dir", config.out_dir])
     assert "PPO policy" in capsys.readouterr().out
@@ -3148,7 +3155,7 @@ def test_a_directory_of_labels_is_a_data_directory(first_run, tmp_path):
     data = SimpleNamespace(train=SimpleNamespace(prompts=["a b", "two\nlines"]),
                            held_out=SimpleNamespace(prompts=[" "]), text=lambda prompt: prompt)
     source = write_data(tmp_path / "source", [GOOD_LINE])
-    (source / "tokenizer.tiktoken").write_bytes(SHIPPED_RANKS)
+    (source / "tokenizer.tiktoken").write_bytes((dataset.SHIPPED / "tokenizer.tiktoken").read_bytes())
     for init in (None, "gpt2"):
         (tmp_path / str(init)).mkdir()
         label.complete(tmp_path / str(init), Config(data_dir=str(source), init=init), data)
