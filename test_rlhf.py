@@ -2911,8 +2911,8 @@ ODD_FILES = {
     "both names": (edit_weights(lambda t: t | {"ln_f.bias": t["transformer.ln_f.bias"]}),
                    "with and without"),
     "a key that is no name": (edit_weights(lambda t: t | {1: torch.zeros(1)}), "state dictionary"),
-    "no dimension": (edit_weights(lambda t: t | {C_ATTN: torch.tensor(1.0)}),
-                     r"c_attn.weight is \(\), expected \(36, 12\)"),
+    "one dimension": (edit_weights(lambda t: t | {C_ATTN: torch.zeros(3)}),
+                      r"c_attn.weight is \(3,\), expected \(36, 12\)"),
     "whole numbers": (edit_weights(lambda t: t | {C_ATTN: t[C_ATTN].long()}), "of torch.int64"),
     "sparse": (edit_weights(lambda t: t | {C_ATTN: t[C_ATTN].to_sparse()}), "not plain, dense"),
     "safetensors of another size": (safetensors_of(a=dict(
