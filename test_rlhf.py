@@ -26,6 +26,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1967,17 +1968,22 @@ def test_no_mutant_of_a_data_file_escapes_as_anything_but_a_data_error(tmp_path,
 
 def test_records_of_a_run_are_appended_cut_and_written_whole(tmp_path):
     """log.jsonl: one object a line; a resumed run cuts what came after its checkpoint."""
-    log = tmp_path / "log.jsonl"
-    for step in range(4):
-        dataset.append_record(log, {"step": step, "text": "ü\n"})
-    assert [r["step"] for r in dataset.read_records(log)] == [0, 1, 2, 3]
+    log, rows = tmp_path / "log.jsonl", [
+        {"stage": stage, "step": step, "text": "ü\n"} for stage in "ab" for step in (1, 2, 3)]
+    for row in rows:
+        dataset.append_record(log, row)
+    assert dataset.read_records(log) == rows
     with open(log, "ab") as file:
-        file.write(b'{"step": 4, "te')  # killed while writing
-    dataset.keep_records(log, 2)
-    assert dataset.read_records(log) == [{"step": s, "text": "ü\n"} for s in (0, 1)]
-    dataset.keep_records(log, 0)
+        file.write(b'{"stage": "b", "step": 4, "te')  # killed while writing
+    dataset.keep_records(log, {"a": math.inf, "b": 2})
+    assert dataset.read_records(log) == rows[:5] and log.read_bytes().endswith(b"}\n")
+    with open(log, "ab") as file:  # lines of something else, and one torn by a full disk
+        file.write(b'\n\xff\n[]\n3\n{"step": 1}\n{"stage": [], "step": 1}\n{"stage": "a"')
+    dataset.keep_records(log, {"a": 2, "b": 1})
+    assert dataset.read_records(log) == rows[:2] + rows[3:4]
+    dataset.keep_records(log, {"a": 0})
     assert log.read_bytes() == b""
-    dataset.keep_records(tmp_path / "new.jsonl", 3)
+    dataset.keep_records(tmp_path / "new.jsonl", {"a": 3})
     assert dataset.read_records(tmp_path / "new.jsonl") == []
     dataset.write_records(log, [{"a": "é"}, {"b": 1}])
     assert dataset.read_records(log) == [{"a": "é"}, {"b": 1}] and "é" in log.read_text("utf-8")
@@ -2522,10 +2528,11 @@ def test_every_field_is_a_flag_with_a_line_of_help(capsys):
         assert f"--{name}" in text and " ".join(comment.split()[:3]) in flat, name
     command, prompt, config, fresh = rlhf.parse(
         "--lam 0.5 --data d --seed 3 --out_dir o --fresh --kl_target none".split())
-    assert (command, prompt, fresh) == ("run", None, True)
+    assert (command, prompt, fresh) == ("run", None, "language_model")
     assert config == Config(lam=0.5, data_dir="d", seed=3, out_dir="o", kl_target=None)
     assert rlhf.parse(["sample", "The acting in"])[:2] == ("sample", "The acting in")
-    assert rlhf.parse([]) == ("run", None, Config(), False)
+    assert rlhf.parse([]) == ("run", None, Config(), None)
+    assert rlhf.parse(["--fresh", "ppo"])[3] == "ppo"
 
 
 SIZES = dict(n_layer=1, n_head=2, n_embd=16, block_size=128, max_new_tokens=8, lm_epochs=1,
@@ -2712,37 +2719,74 @@ def test_sample_prints_both_columns_with_score_and_kl(first_run, capsys):
     ({"rm_lr": 2e-3}, ["reward_model", "ppo"]), ({"lam": 0.9}, ["ppo"]),
     ({"lm_lr": 1e-3}, ["language_model", "reward_model", "ppo"]),
     ({"seed": 1}, ["language_model", "reward_model", "ppo"]), ({"eval_prompts": 5}, [])])
-def test_a_changed_setting_repeats_the_stages_that_depend_on_it(first_run, tmp_path, change, redone,
+def test_a_changed_setting_refuses_the_stages_that_depend_on_it(first_run, tmp_path, change, redone,
                                                                monkeypatch):
-    """--kl_coef changed: the language model and the reward model are loaded, PPO starts anew."""
+    """--kl_coef changed: the language model and the reward model are loaded, PPO's is not."""
     data = dataset.load(first_run.data, 128, 8)
     config = dataclasses.replace(first_run.config, **change, device="auto")
-    found = {stage: rlhf.find_checkpoint(stage, config, data, False) for stage in rlhf.FILES}
-    assert [stage for stage, checkpoint in found.items() if checkpoint is None] == redone
-    assert not any(rlhf.find_checkpoint(stage, config, data, True) for stage in rlhf.FILES)
-    other = dataclasses.replace(data, fingerprint="of other data")
-    assert not any(rlhf.find_checkpoint(stage, first_run.config, other, False)
-                   for stage in rlhf.FILES)
+
+    def refused_stages(config, data):
+        found = {}
+        for stage in rlhf.FILES:
+            try:
+                found[stage] = rlhf.find_checkpoint(stage, config, data)["done"]
+            except ValueError as error:
+                found[stage] = str(error)
+        for stage, message in found.items():
+            assert message is True or f"--fresh {stage} starts over" in message
+        return {stage: message for stage, message in found.items() if message is not True}
+
+    refused_by = refused_stages(config, data)
+    assert list(refused_by) == redone
+    (name, value), = change.items()
+    for message in refused_by.values():
+        assert f"{name} {getattr(first_run.config, name)}, now {value}" in message
+    other = refused_stages(first_run.config, dataclasses.replace(data, fingerprint="of other data"))
+    assert list(other) == list(rlhf.FILES)
+    assert all("was made with other data" in message for message in other.values())
+    monkeypatch.setattr(rlhf, "FORMAT", 0)
+    other = refused_stages(first_run.config, data)
+    assert all("another version of this program" in other[stage] for stage in rlhf.FILES)
 
 
-def test_a_changed_kl_coefficient_trains_ppo_anew(first_run, tmp_path, capsys, no_picture):
+def test_a_changed_kl_coefficient_asks_before_it_trains_ppo_anew(first_run, tmp_path, capsys,
+                                                                 no_picture):
     """From the command line; and --fresh starts over, to the same weights as the first time."""
     out = copied(first_run, tmp_path)
     flags = [*FLAGS, "--data", str(first_run.data), "--out_dir", str(out)]
-    rlhf.main(flags + ["--kl_coef", "0.7"])
+    line = refused(capsys, *flags, "--kl_coef", "0.7")
+    assert "policy.pt was made with kl_coef 0.05, now 0.7" in line and "--fresh ppo" in line
+    assert same_weights(weights(out), weights(first_run.out))
+    rlhf.main(flags + ["--kl_coef", "0.7", "--fresh", "ppo"])
     text = capsys.readouterr().out
     assert "language_model: is loaded" in text and "reward_model: is loaded" in text
-    assert "ppo: starts anew" in text and "kl_coef" in text and "ppo: is loaded" not in text
+    assert "ppo: is loaded" not in text
     assert not same_weights(weights(out), weights(first_run.out))
     stages = [row["stage"] for row in dataset.read_records(out / "log.jsonl")]
     assert stages == [row["stage"] for row in dataset.read_records(first_run.out / "log.jsonl")]
-    (out / "lm.pt").write_bytes((out / "lm.pt").read_bytes()[:1000])  # cut: it starts anew
-    rlhf.main(flags)
-    text = capsys.readouterr().out
-    assert "language_model: starts anew" in text and "not a readable checkpoint" in text
     rlhf.main(flags + ["--fresh"])
     text = capsys.readouterr().out
     assert "is loaded" not in text
+    assert same_weights(weights(out), weights(first_run.out))
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(path.read_bytes()[:1000]),
+                                   lambda path: path.write_bytes(b""), lambda path: path.unlink()])
+def test_a_checkpoint_that_is_cut_short_starts_its_stage_anew_unless_others_build_on_it(
+        first_run, tmp_path, capsys, no_picture, spoil):
+    """The reason is said; where later stages would be lost with it, --fresh is asked for."""
+    out = copied(first_run, tmp_path)
+    flags = [*FLAGS, "--data", str(first_run.data), "--out_dir", str(out)]
+    spoil(out / "lm.pt")
+    line = refused(capsys, *flags)
+    assert "lm.pt: no" in line and "reward.pt builds on it: --fresh language_model" in line
+    (out / "lm.pt").write_bytes((first_run.out / "lm.pt").read_bytes())
+    spoil(out / "policy.pt")
+    gone = not (out / "policy.pt").exists()
+    rlhf.main(flags)
+    text = capsys.readouterr().out
+    assert gone != ("ppo: starts anew, " in text and "not a readable checkpoint" in text)
+    assert "reward_model: is loaded" in text and "ppo: is loaded" not in text
     assert same_weights(weights(out), weights(first_run.out))
 
 
@@ -2815,21 +2859,36 @@ def test_ctrl_c_saves_and_says_how_to_go_on(first_run, tmp_path, monkeypatch, ca
     monkeypatch.setattr(rlhf, "run", pressed)
     with pytest.raises(SystemExit) as caught:
         rlhf.main([])
-    assert "goes on" in str(caught.value.code) and capsys.readouterr().err == ""
-    with pytest.raises(SystemExit) as caught:  # a second one does not wait
-        rlhf.main.__globals__["signal"].getsignal(signal.SIGINT)(signal.SIGINT, None)
-    assert caught.value.code == 130
+    assert caught.value.code == 130 and capsys.readouterr().err == (
+        "\nstopped; the same command goes on from the last checkpoint\n")
+    for presses in (1, 2):  # what ends no step leaves after a second, or at the second press
+        def busy(config, fresh, interrupted):
+            for _ in range(presses):
+                os.kill(os.getpid(), signal.SIGINT)
+            while True:
+                time.sleep(0.01)
+
+        monkeypatch.setattr(rlhf, "run", busy)
+        with pytest.raises(SystemExit) as caught:
+            rlhf.main([])
+        assert caught.value.code == 130 and "goes on" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_ends_with_its_stage_and_step(first_run, tmp_path, capsys,
                                                                monkeypatch):
     """Status 2 and one line; the last good checkpoints stay."""
     out = copied(first_run, tmp_path)
-    monkeypatch.setattr(rlhf, "reward_scores", lambda model, r: r.log_probs.sum(1) * math.nan)
+    real, calls = rlhf.reward_scores, itertools.count(1)
+    monkeypatch.setattr(rlhf, "reward_scores", lambda model, r: real(model, r) * (
+        math.nan if next(calls) == 3 else 1))
+    monkeypatch.setattr(rlhf, "SAVE_EVERY", 0)
     line = refused(capsys, *FLAGS, "--data", first_run.data, "--out_dir", out,
-                   "--missing_eos_score=none", "--rm_lr=5e-4")
-    assert "ppo step 1" in line and "nan" in line
-    assert same_weights(weights(out), weights(first_run.out))
+                   "--missing_eos_score=none", "--fresh", "ppo")
+    assert "ppo step 3" in line and "nan" in line
+    assert load_checkpoint(out / "policy.pt")["state"]["step"] in (1, 2)
+    assert all(w.isfinite().all() for w in weights(out).values())
+    for name in ("lm.pt", "reward.pt"):
+        assert (out / name).read_bytes() == (first_run.out / name).read_bytes()
 
 
 def test_the_shipped_data_are_judged_by_the_true_reward(first_run, tmp_path, monkeypatch,
