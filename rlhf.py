@@ -105,6 +105,8 @@ def check(config):
         need(isinstance(value, kinds) and not isinstance(value, bool), field.name,
              getattr(field.type, "__name__", str(field.type)))
         need(not isinstance(value, float) or math.isfinite(value), field.name, "a finite number")
+        need(field.name == "seed" or not isinstance(value, int) or abs(value) < 2**31, field.name,
+             "less than 2**31")
     for name in ("block_size n_layer n_head n_embd lm_batch_size rm_batch_size max_new_tokens "
                  "ppo_batch_size ppo_epochs minibatch_size eval_prompts").split():
         need(getattr(c, name) >= 1, name, "at least 1")
@@ -896,6 +898,8 @@ def run_stage(stage, model, train, config, data, interrupted):
 
     def save(state, done):
         gpt = getattr(model, "gpt", model)
+        if not all(weight.isfinite().all() for weight in model.parameters()):
+            raise FloatingPointError(f"{stage}: a weight is not finite; the last checkpoint stays")
         save_checkpoint(path, {
             "stage": stage, "settings": stage_settings(config, data, stage), "state": state,
             "model": dataclasses.asdict(gpt.config), "config": dataclasses.asdict(config),
@@ -1027,6 +1031,8 @@ def run_stages(config, data, device, interrupted):
     start = time.perf_counter()
     dataset.keep_records(out / "log.jsonl", dict.fromkeys(FILES, math.inf))
     record, samples = evaluate(policy, lm, reward_fn, data.held_out.prompts, config, true_reward)
+    if not math.isfinite(record["kl"] + record["reward_lm"] + record["reward_ppo"]):
+        raise FloatingPointError("evaluation: a reward or the KL is not finite")
     record["language_model_loss"] = language_model_loss(lm, data.held_out.documents)
     record["reward_model_accuracy"] = reward_model_accuracy(reward_model, data.held_out.pairs)
     if true_reward:
@@ -1190,6 +1196,12 @@ def main(argv=None):
         sys.exit(2)
     except (ValueError, FloatingPointError) as error:
         print(f"rlhf.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in repr(error).lower():
+            raise
+        print("rlhf.py: not enough memory for these sizes: "
+              f"{(str(error).splitlines() or ['MemoryError'])[0]}", file=sys.stderr)
         sys.exit(2)
     finally:
         late.cancel()

@@ -15,6 +15,7 @@ test are the ones that train; the lists they are held against are written here, 
 """
 import copy
 import dataclasses
+import errno
 import functools
 import importlib.util
 import itertools
@@ -1837,6 +1838,7 @@ SHIPPED_RANKS = (dataset.SHIPPED / "tokenizer.tiktoken").read_bytes()
     (lambda lines: lines[:5] + [lines[5].split()[0] + b" five"] + lines[6:], 6, "rank 'five'"),
     (lambda lines: lines[:5] + [lines[0].split()[0] + b" 5"] + lines[6:], 6, "repeated token"),
     (lambda lines: lines[:5] + [b" 5"] + lines[6:], 6, "empty or repeated token"),
+    (lambda lines: lines[:256] + [b"QUFB" * 400 + b" 256"], 257, "a token of 1,200 bytes"),
     (lambda lines: lines[:255], 256, "no token for the byte 0x")])
 def test_a_broken_tokenizer_is_named_by_file_and_line(tmp_path, edit, number, problem):
     """Ranks 0, 1, 2, … and every byte a token: the library that reads them panics otherwise."""
@@ -2981,3 +2983,217 @@ def test_a_device_that_is_not_there_is_named():
     assert rlhf.pick_device("auto").type == best
     with pytest.raises(ValueError, match="^device is 'abacus': "):
         rlhf.pick_device("abacus")
+
+
+# =================================================================================================
+# The program: nothing is lost and nothing gets in
+# =================================================================================================
+
+
+def run_and_die(config, owner, name, when, spoil=lambda *_: None):
+    """Run in a forked process, which kills itself, as kill -9 does, in a call of owner.name: at the
+    first for which when(number of the call, *arguments). Returns the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        real, calls = getattr(owner, name), itertools.count(1)
+
+        def mortal(*arguments):
+            if when(next(calls), *arguments):
+                spoil(*arguments)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments)
+
+        setattr(owner, name, mortal)
+        try:
+            rlhf.run(config)
+        finally:
+            os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+
+def deaths():
+    """Of each stage the first, middle and last part, and a checkpoint's write; then what else is
+    written: the log, cut back and added to, and the samples."""
+    for stage in rlhf.FILES:
+        for share in (0, 0.5, 1):
+            yield rlhf, "show_progress", lambda n, at, step, steps, *_, stage=stage, share=share: (
+                at == stage and step >= share * steps)
+            if share == 0:  # its first checkpoint of this run, half written
+                yield os, "fsync", lambda n, file: n == 1, lambda file: os.ftruncate(file, 1000)
+    yield os, "replace", lambda n, *_: n == 1  # the log, cut back to the checkpoint
+    yield rlhf, "evaluate", lambda n, *_: n == 1
+    yield dataset, "append_record", lambda n, *_: n == 1, lambda path, row: path.write_bytes(
+        path.read_bytes() + json.dumps(row).encode()[:40])
+    yield dataset, "write_records", lambda n, *_: n == 1
+
+
+def die_again_and_again(out, data):
+    """Every death in turn in one folder, then a run to the end. Prints the number of deaths."""
+    rlhf.SAVE_EVERY, curves.draw, count = 0, lambda out: "", 0
+    config = Config(**SIZES, data_dir=data, out_dir=out)
+    for death in deaths():
+        assert run_and_die(config, *death) == signal.SIGKILL
+        count += 1
+        for path in Path(out).glob("*.pt"):
+            load_checkpoint(path)
+    assert run_and_die(config, rlhf, "run", lambda *_: False) == 0
+    print(f"deaths: {count}")
+
+
+def timeless(path):
+    """The records of a JSON-lines file without what is measured by the clock."""
+    return [{k: v for k, v in row.items() if "seconds" not in k and "per_s" not in k}
+            for row in dataset.read_records(path)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_no_kill_at_any_moment_changes_what_a_run_leaves(first_run, tmp_path):
+    """Killed 16 times in one folder: weights, log and samples are those of an undisturbed run."""
+    code = "import sys, test_rlhf; test_rlhf.die_again_and_again(*sys.argv[1:])"
+    done = python("-c", code, tmp_path / "out", first_run.data)  # forks before any thread starts
+    assert done.returncode == 0 and "deaths: 16\n" in done.stdout, done.stderr
+    for name in rlhf.FILES.values():
+        ours, theirs = (load_checkpoint(out / name) for out in (tmp_path / "out", first_run.out))
+        assert same_weights(ours["weights"], theirs["weights"]), name
+        assert str(ours["state"]) == str(theirs["state"]) and ours["done"], name
+    assert timeless(tmp_path / "out" / "log.jsonl") == timeless(first_run.out / "log.jsonl")
+    assert ((tmp_path / "out" / "samples.jsonl").read_bytes()
+            == (first_run.out / "samples.jsonl").read_bytes())
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(first_run.out))
+
+
+def test_no_run_that_started_over_and_was_killed_goes_on_from_older_stages(first_run, tmp_path,
+                                                                           no_picture):
+    """--fresh removes what it will replace: the log has every stage once, in order."""
+    config = dataclasses.replace(first_run.config, out_dir=str(copied(first_run, tmp_path)))
+    with pytest.raises(KeyboardInterrupt):
+        rlhf.run(config, "language_model", lambda: True)
+    assert not any((tmp_path / "out" / name).exists() for name in ("reward.pt", "policy.pt"))
+    rlhf.run(config)
+    assert timeless(tmp_path / "out" / "log.jsonl") == timeless(first_run.out / "log.jsonl")
+
+
+def test_no_two_runs_write_to_one_folder(first_run, tmp_path, capsys, no_picture):
+    """The second is refused in one line; the lock ends with its holder."""
+    pytest.importorskip("fcntl")
+    out = copied(first_run, tmp_path)
+    flags = [*FLAGS, "--data", first_run.data, "--out_dir", out]
+    with dataset.locked(out):
+        assert f"{out}: another run is writing there" in refused(capsys, *flags, "--fresh")
+        assert (out / "policy.pt").exists()
+    rlhf.main([str(flag) for flag in flags])
+    with pytest.raises(MemoryError), dataset.locked(out):
+        raise MemoryError
+    with dataset.locked(out):
+        pass
+
+
+def test_no_full_disk_or_unwritable_folder_costs_more_than_a_line(first_run, tmp_path, capsys,
+                                                                  monkeypatch):
+    """One line names the place; the last good checkpoint is readable, nothing half is left."""
+    out = copied(first_run, tmp_path)
+    flags = [*FLAGS, "--data", first_run.data]
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(rlhf, "SAVE_EVERY", 0)
+    monkeypatch.setattr(os, "fsync", mock_raising(full, at=2))
+    line = refused(capsys, *flags, "--out_dir", out, "--fresh", "ppo")
+    assert str(out) in line and full.strerror in line
+    assert load_checkpoint(out / "policy.pt")["state"]["step"] == 1
+    assert not list(out.glob("*.tmp"))
+    monkeypatch.setattr(Path, "write_bytes", mock_raising(full, at=1))
+    assert full.strerror in refused(capsys, *flags, "--out_dir", out)
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("not a directory")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert f"rlhf.py: {place}: " in refused(capsys, *flags, "--out_dir", place)
+
+
+def mock_raising(error, at):
+    """A function that does nothing, but for its call number `at`: that raises."""
+    calls = itertools.count(1)
+
+    def function(*_):
+        if next(calls) == at:
+            raise error
+    return function
+
+
+def test_no_code_in_a_checkpoint_runs(first_run, tmp_path, capsys):
+    """lm.pt may be a pickle that would make a directory: it is refused, and its stage starts."""
+    torch.save({"settings": Explosive(tmp_path / "boom")}, tmp_path / "lm.pt")
+    config = dataclasses.replace(first_run.config, out_dir=str(tmp_path))
+    data = dataset.load(first_run.data, 128, 8)
+    assert rlhf.find_checkpoint("language_model", config, data) is None
+    assert "starts anew" in capsys.readouterr().out and not (tmp_path / "boom").exists()
+    for foreign in ([1, 2], {"weights": {}}):  # readable, and not ours: not to be overwritten
+        torch.save(foreign, tmp_path / "lm.pt")
+        with pytest.raises(ValueError, match="another version of this program.*--fresh"):
+            rlhf.find_checkpoint("language_model", config, data)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SystemExit):  # a stage is a choice, not a path
+        rlhf.parse(["--fresh", "../lm"])
+
+
+def test_no_setting_escapes_the_check(first_run, capsys):
+    """Sizes beyond every machine, and a field that was assigned to."""
+    for field in ("n_embd", "block_size", "ppo_iterations", "kl_coef"):
+        with pytest.raises(ValueError, match=f"^{field} is .*less than 2"):
+            Config(**{field: 2**31})
+    assert Config(seed=-2**70).seed == -2**70
+    config = dataclasses.replace(first_run.config)
+    config.clip = 0.0
+    with pytest.raises(ValueError, match="^clip is 0.0"):
+        rlhf.run(config)
+    assert "not enough memory" in refused(capsys, "--data", first_run.data, "--out_dir",
+                                          first_run.out.parent / "big", "--n_embd", 2 * 10**9)
+
+
+def test_no_weight_that_is_not_finite_is_saved(first_run, tmp_path, capsys, no_picture):
+    """A last step that overflows is followed by no loss that would tell; the stage says so."""
+    line = refused(capsys, *FLAGS, "--data", first_run.data, "--out_dir",
+                   copied(first_run, tmp_path), "--rm_lr", "1e38", "--rm_batch_size", "1000",
+                   "--fresh", "reward_model")
+    assert "reward_model: a weight is not finite" in line
+    assert not (tmp_path / "out" / "policy.pt").exists()
+
+
+def test_no_number_that_is_not_finite_makes_the_log_unreadable(tmp_path):
+    """JSON has no NaN: a figure that cannot be computed is null."""
+    dataset.append_record(tmp_path / "log.jsonl", {"a": math.nan, "b": -math.inf, "c": 1.5})
+    assert (tmp_path / "log.jsonl").read_text() == '{"a": null, "b": null, "c": 1.5}\n'
+
+
+def test_no_data_are_too_small(tmp_path, no_picture):
+    """One pair of one-token answers, a rank a byte, batches of one, the shortest context."""
+    directory = write_data(tmp_path / "data", [pair("", "a", "b")], corpus="x\ny\nz", prompts="p")
+    (directory / "tokenizer.tiktoken").write_bytes(b"\n".join(SHIPPED_RANKS.split(b"\n")[:256]))
+    ones = dict.fromkeys(("lm_batch_size", "rm_batch_size", "ppo_batch_size", "minibatch_size",
+                          "ppo_epochs", "eval_prompts", "max_new_tokens", "n_head", "n_embd"), 1)
+    record = rlhf.run(Config(**SIZES | ones | {"block_size": 4}, data_dir=str(directory),
+                             out_dir=str(tmp_path / "out")))
+    assert all(math.isfinite(value) for value in record.values())
+
+
+def test_no_two_data_sets_have_one_fingerprint(tmp_path):
+    """The same bytes, but a line moved from one file to the next."""
+    a = write_data(tmp_path / "a", [GOOD_LINE], corpus=GOOD_LINE + "\nx\ny\n")
+    b = write_data(tmp_path / "b", [GOOD_LINE, GOOD_LINE], corpus="x\ny\n")
+    c = write_data(tmp_path / "c", [GOOD_LINE], corpus="x\ny\n", prompts="absent")
+    d = write_data(tmp_path / "d", [GOOD_LINE], corpus="x\ny\nabsent", prompts="p")
+    assert len({dataset.load(x, 128, 8).fingerprint for x in (a, b, c, d)}) == 4
+
+
+def test_no_line_of_megabytes_takes_long(tmp_path, shipped):
+    """10 MB of one sign, of brackets, of digits: skipped, or named by file and line."""
+    size = 10 * 2**20
+    long = {"preferences.jsonl": [b"[" * size, b"7" * size, b'{"chosen": "' + b"\\" * size],
+            "corpus.txt": [b"x\n" + b"a" * size, b"x\n" + b" " * size, b"x\n" + b"\xff" * size]}
+    for name, raws in long.items():
+        for raw in raws:
+            directory = write_data(tmp_path / "data", [GOOD_LINE], corpus="x\n")
+            (directory / name).write_bytes(raw)
+            try:
+                data = dataset.load(directory, 64, 8, shipped.encoding)
+                assert sum(data.skipped.values()) == 1
+            except dataset.DataError as error:
+                assert str(error).startswith(f"{directory / name}:")

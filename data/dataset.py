@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -303,6 +304,8 @@ def locked(directory):
 
 def append_record(path, record):
     """Append one JSON object as a line, in a single write."""
+    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+              for k, v in record.items()}  # JSON has no NaN
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
