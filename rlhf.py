@@ -1146,8 +1146,10 @@ def parse(argv):
                         help="run: all stages; sample PROMPT: continuations before and after")
     parser.add_argument("prompt", nargs="?", help="for sample")
     parser.add_argument("--fresh", nargs="?", const="language_model", choices=tuple(FILES),
-                        metavar="STAGE", help="start over, from STAGE on: language_model (without "
-                        "a STAGE), reward_model or ppo; what earlier runs left of these is lost")
+                        metavar="STAGE", help="replace the checkpoints in out_dir from STAGE on: "
+                        "language_model (all of them; the default), reward_model or ppo. Without "
+                        "it, one made with the same settings and data is loaded, and one made "
+                        "with others stops the program")
     types = {field.name: field.type for field in dataclasses.fields(Config)}
     for group, fields in field_groups().items():
         section = parser.add_argument_group(group)
@@ -1188,7 +1190,8 @@ def main(argv=None):
             run(config, fresh, lambda: bool(pressed))
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        same = "the same command without --fresh" if fresh else "the same command"
+        print(f"\nstopped; {same} goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         where = error.filename or config.out_dir  # a full disk comes without a name

@@ -2872,8 +2872,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(first_run, tmp_path, monkeypatch, ca
 
         monkeypatch.setattr(rlhf, "run", busy)
         with pytest.raises(SystemExit) as caught:
-            rlhf.main([])
-        assert caught.value.code == 130 and "goes on" in capsys.readouterr().err
+            rlhf.main(["--fresh"])
+        assert caught.value.code == 130 and "without --fresh goes on" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_ends_with_its_stage_and_step(first_run, tmp_path, capsys,
