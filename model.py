@@ -29,6 +29,36 @@ class GPTConfig:
     eos_token: int = 1023   # begins every sequence and ends every response
 
 
+def pack(x, valid):
+    """(B, S, …) -> (N, …): the entries `valid` (N,) of the flattened rows; None keeps all of x.
+
+    Every layer but attention treats each token alone: packed, none of them works on padding.
+    """
+    return x if valid is None else x.flatten(0, 1).index_select(0, valid)
+
+
+def unpack(x, valid, shape):
+    """(N, …) -> (B, S, …), the inverse of `pack`, with 0 in padded places."""
+    if valid is None:
+        return x
+    B, S = shape
+    return x.new_zeros(B * S, *x.shape[1:]).index_copy(0, valid, x).unflatten(0, (B, S))
+
+
+def causal_attention(q, k, v):
+    """softmax(q kᵀ / √hs) v, each query over the keys at positions <= its own; all (B, nh, S, hs).
+
+    On a CPU plain products are faster than the fused kernel, while S × S scores fit its caches.
+    """
+    B, nh, S, hs = q.shape
+    if q.device.type != "cpu" or S > 128:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    later = torch.full((S, S), -math.inf, dtype=q.dtype).triu(1)           # 0 on and below diagonal
+    q, k, v = (x.reshape(B * nh, S, hs) for x in (q, k, v))
+    scores = torch.baddbmm(later, q, k.transpose(1, 2), alpha=hs**-0.5)    # (B nh, S, S)
+    return (scores.softmax(-1) @ v).view(B, nh, S, hs)
+
+
 class Attention(nn.Module):
     """Causal self-attention, softmax(q kᵀ / √hs) v, over the keys at positions <= the query's."""
 
@@ -38,23 +68,22 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, positions=None):
-        B, S, C = x.shape
-        q, k, v = self.c_attn(x).view(B, S, 3, self.n_head, C // self.n_head).unbind(2)
+    def forward(self, x, shape, valid=None, cache=None, positions=None, seen=None):
+        (B, S), C = shape, x.shape[-1]
+        qkv = unpack(self.c_attn(x), valid, shape)                         # (B, S, 3C)
+        q, k, v = qkv.view(B, S, 3, self.n_head, C // self.n_head).unbind(2)
         q = q.transpose(1, 2)                                              # (B, nh, S, hs)
         if cache is None:
-            y = F.scaled_dot_product_attention(
-                q, k.transpose(1, 2), v.transpose(1, 2), is_causal=True)   # (B, nh, S, hs)
+            y = causal_attention(q, k.transpose(1, 2), v.transpose(1, 2))  # (B, nh, S, hs)
         else:
             keys, values = cache                                           # 2 × (B, nh, K, hs)
             rows = torch.arange(B, device=x.device)[:, None]               # (B, 1)
             keys[rows, :, positions] = k.to(keys.dtype)  # each row writes at its own positions,
             values[rows, :, positions] = v.to(values.dtype)
             # … and sees no key after them: what an earlier, padded write left there is garbage.
-            seen = torch.arange(keys.shape[2], device=x.device) <= positions[:, None, :, None]
             y = F.scaled_dot_product_attention(
                 q, keys.to(q.dtype), values.to(q.dtype), attn_mask=seen)   # (B, nh, S, hs)
-        return self.c_proj(y.transpose(1, 2).reshape(B, S, C))
+        return self.c_proj(pack(y.transpose(1, 2).reshape(B, S, C), valid))
 
 
 class MLP(nn.Module):
@@ -79,8 +108,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, positions=None):
-        x = x + self.attn(self.ln_1(x), cache, positions)
+    def forward(self, x, *context):
+        x = x + self.attn(self.ln_1(x), *context)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -96,39 +125,49 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        for name, p in self.named_parameters():  # GPT-2's initialisation; the norms keep torch's
+        # GPT-2's initialisation, 0.02 at its width of 768; a narrow model needs more, as 1/√C:
+        # with 0.02 at width 128, the same training takes two to three times as long.
+        std = 0.02 * math.sqrt(768 / config.n_embd)
+        for name, p in self.named_parameters():  # the norms keep torch's
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.dim() == 2:  # layers that write to the residual stream: smaller with depth
-                std = 0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02
-                nn.init.normal_(p, std=std, generator=generator)
+                depth = math.sqrt(2 * config.n_layer) if "c_proj" in name else 1
+                nn.init.normal_(p, std=std / depth, generator=generator)
 
-    def hidden(self, tokens, cache=None, positions=None):
+    def hidden(self, tokens, cache=None, positions=None, lengths=None):
         """Final hidden states (B, S, C) of tokens (B, S).
 
-        Without a cache, row b's token s stands at position s, and rows are right-padded. With a
-        cache (see `new_cache`), token s of row b stands at positions[b, s], its key and value are
-        written there, and it attends to the cached keys at positions <= its own.
+        Without a cache, row b's token s stands at position s, and rows are right-padded; with
+        `lengths` (B,), nothing is computed for the padding behind them, and its states are 0. With
+        a cache (see `new_cache`), token s of row b stands at positions[b, s], its key and value
+        are written there, and it attends to the cached keys at positions <= its own.
         """
-        S = tokens.shape[1]
-        if S > self.config.block_size:
-            raise ValueError(f"{S} tokens do not fit the context of {self.config.block_size}")
-        where = torch.arange(S, device=tokens.device) if positions is None else positions
-        x = self.wte(tokens) + self.wpe(where)                             # (B, S, C)
+        shape, valid = tokens.shape, None
+        if shape[1] > self.config.block_size:
+            raise ValueError(
+                f"{shape[1]} tokens do not fit the context of {self.config.block_size}")
+        where = torch.arange(shape[1], device=tokens.device).expand(shape)
+        if lengths is not None and int(lengths.min()) < shape[1]:
+            valid = (where < lengths[:, None]).flatten().nonzero().squeeze(1)     # (N,)
+        seen = cache and (torch.arange(cache[0][0].shape[2], device=tokens.device)
+                          <= positions[:, None, :, None])                  # (B, 1, S, K)
+        where = where if positions is None else positions
+        x = self.wte(pack(tokens, valid)) + self.wpe(pack(where, valid))   # (B, S, C) or (N, C)
         for i, block in enumerate(self.h):
-            x = block(x, cache and cache[i], positions)
-        return self.ln_f(x)
+            x = block(x, shape, valid, cache and cache[i], positions, seen)
+        return unpack(self.ln_f(x), valid, shape)
 
     def logits(self, hidden):
         """(…, C) -> (…, V), with the output embedding tied to the input embedding."""
         return F.linear(hidden, self.wte.weight)
 
-    def forward(self, tokens, positions=None):
+    def forward(self, tokens, steps=None, lengths=None):
         """Logits (B, S, V) of right-padded tokens (B, S): logits[b, s] predict token s + 1.
 
-        With `positions` (B, T), only those are projected: (B, T, V).
+        With `steps` (B, S) of bool, only where it is True: (N, V). `lengths`: see `hidden`.
         """
-        return self.logits(pick(self.hidden(tokens), positions))
+        return self.logits(pick(self.hidden(tokens, lengths=lengths), steps))
 
     def new_cache(self, batch, length):
         """Room for `length` keys and values of `batch` rows: a list of (keys, values) a layer."""
@@ -150,11 +189,9 @@ class GPT(nn.Module):
         save_gpt2(self, directory)
 
 
-def pick(x, positions):
-    """x (B, S, C) at positions (B, T) -> (B, T, C); all of x if positions is None."""
-    if positions is None:
-        return x
-    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+def pick(x, steps):
+    """x (B, S, C) where `steps` (B, S) is True -> (N, C), row by row; all of x if it is None."""
+    return x if steps is None else pack(x, steps.flatten().nonzero().squeeze(1))
 
 
 class ActorCritic(nn.Module):
@@ -172,13 +209,13 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, tokens, positions=None):
-        """Logits (B, T, V), values (B, T) at `positions` (B, T) of tokens (B, S); None: at all S.
+    def forward(self, tokens, steps=None, lengths=None):
+        """Logits (B, S, V) and values (B, S) of tokens (B, S); (N, V), (N,) where `steps` is True.
 
         Both are read from the same hidden state: at position P-1+t, the last token of s_t, they
-        are log π(·|s_t) before its softmax, and V(s_t).
+        are log π(·|s_t) before its softmax, and V(s_t). `lengths`: see GPT.hidden.
         """
-        x = pick(self.gpt.hidden(tokens), positions)                       # (B, T, C)
+        x = pick(self.gpt.hidden(tokens, lengths=lengths), steps)          # (B, S, C) or (N, C)
         return self.gpt.logits(x), self.value_head(x).squeeze(-1)
 
 
@@ -198,8 +235,9 @@ class RewardModel(nn.Module):
 
     def forward(self, tokens, lengths):
         """Scores (B,) of right-padded tokens (B, S) whose rows have `lengths` (B,) tokens."""
-        x = pick(self.gpt.hidden(tokens), lengths[:, None] - 1)            # (B, 1, C)
-        return self.reward_head(x).squeeze(-1).squeeze(-1)
+        x = self.gpt.hidden(tokens, lengths=lengths)                       # (B, S, C)
+        last = x[torch.arange(len(x), device=x.device), lengths - 1]       # (B, C)
+        return self.reward_head(last).squeeze(-1)
 
     @torch.no_grad()
     def normalize(self, scores):
@@ -247,23 +285,26 @@ def read_safetensors(path):
     """The tensors of a .safetensors file: 8 bytes of header length, a JSON header, raw bytes."""
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
              "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
-    raw = bytearray(Path(path).read_bytes())
+    raw, tensors = Path(path).read_bytes(), {}
     try:
         start = 8 + struct.unpack("<Q", raw[:8])[0]
         header = json.loads(raw[8:start])
         header.pop("__metadata__", None)
-        tensors = {}
         for name, entry in header.items():
-            shape, (a, b) = entry["shape"], entry["data_offsets"]
-            flat = torch.frombuffer(raw, dtype=torch.uint8)[start + a:start + b]
-            kind = kinds[entry["dtype"]]
-            tensors[name] = torch.frombuffer(bytearray(flat.numpy()), dtype=kind).view(shape)
+            shape, kind, (a, b) = entry["shape"], kinds[entry["dtype"]], entry["data_offsets"]
+            part = bytearray(raw[start + a:start + b])
+            if len(part) != math.prod(shape) * kind.itemsize:
+                raise ValueError(f"{name} has {len(part)} bytes")
+            tensors[name] = (torch.frombuffer(part, dtype=kind) if part else
+                             torch.empty(0, dtype=kind)).reshape(shape)
         return tensors
     except (struct.error, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from None
+        problem = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise ValueError(f"{path}: not a safetensors file, or cut short ({problem})") from None
 
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")  # in GPTConfig's order
 # Hugging Face keeps these four weights of a block as Conv1D: transposed against nn.Linear.
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 GPT2_FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None,
@@ -291,7 +332,7 @@ def read_gpt2_files(name_or_path):
                          f"Face's GPT-2 layout, or one of {', '.join(GPT2_NAMES)}")
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{directory / 'config.json'}: not JSON ({error})") from None
     if not isinstance(config, dict):
         raise ValueError(f"{directory / 'config.json'}: expected a JSON object")
@@ -304,48 +345,76 @@ def read_gpt2_files(name_or_path):
     raise ValueError(f"{directory}: no pytorch_model.bin and no model.safetensors there")
 
 
+def read_gpt2_config(raw, where):
+    """GPTConfig of a config.json's dictionary; ValueError where this GPT is not of its kind."""
+    if raw.get("model_type", "gpt2") != "gpt2":
+        raise ValueError(f"{where}: model_type is {raw['model_type']!r}, expected 'gpt2'")
+    if raw.get("n_positions") is None:  # an older name
+        raw = raw | {"n_positions": raw.get("n_ctx")}
+    sizes = [raw.get(key) for key in SIZES]
+    for key, size in zip(SIZES, sizes):
+        if type(size) is not int or not 1 <= size <= 1_000_000:
+            raise ValueError(f"{where}: config.json has {key} = {size!r}, "
+                             "expected a whole number from 1 to 1,000,000")
+    for key, value in GPT2_FIXED.items():
+        spelled_out = key == "n_inner" and raw.get(key) == 4 * raw["n_embd"]
+        if raw.get(key, value) != value and not spelled_out:
+            raise ValueError(f"{where}: config.json has {key} = {raw[key]!r}; "
+                             f"this GPT has {value!r}")
+    if raw["n_embd"] % raw["n_head"]:
+        raise ValueError(f"{where}: config.json has n_embd {raw['n_embd']}, expected a multiple of "
+                         f"n_head {raw['n_head']}")
+    eos = raw.get("eos_token_id")
+    if eos is not None and (type(eos) is not int or eos < 0):
+        raise ValueError(f"{where}: config.json has eos_token_id = {eos!r}, expected one token")
+    last = raw["vocab_size"] - 1  # for a small vocabulary Hugging Face's default is out of range
+    return GPTConfig(*sizes, last if eos is None else min(eos, last))
+
+
 def load_gpt2(cls, name_or_path):
     """See GPT.from_pretrained."""
     raw, state = read_gpt2_files(name_or_path)
-    if raw.get("model_type", "gpt2") != "gpt2":
-        raise ValueError(f"{name_or_path}: model_type is {raw['model_type']!r}, expected 'gpt2'")
-    for key, value in GPT2_FIXED.items():
-        spelled_out = key == "n_inner" and raw.get(key) == 4 * raw.get("n_embd", 0)
-        if raw.get(key, value) != value and not spelled_out:
-            raise ValueError(f"{name_or_path}: config.json has {key} = {raw[key]!r}; "
-                             f"this GPT has {value!r}")
-    try:
-        config = GPTConfig(raw["vocab_size"], raw.get("n_positions") or raw["n_ctx"],
-                           raw["n_layer"], raw["n_head"], raw["n_embd"],
-                           raw.get("eos_token_id", raw["vocab_size"] - 1))
-        gpt = cls(config)
-    except (KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(f"{name_or_path}: config.json is missing or has a wrong {error}") from None
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+    config = read_gpt2_config(raw, name_or_path)
+    if not isinstance(state, dict) or not all(
+            isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise ValueError(f"{name_or_path}: the weight file does not hold a state dictionary")
+    count = len(state)
     state = {k.removeprefix("transformer."): v for k, v in state.items()}
+    if len(state) < count:
+        raise ValueError(f"{name_or_path}: a weight is there with and without 'transformer.'")
     head = state.pop("lm_head.weight", None)  # GPT-2 ties it to wte
     if head is not None and not torch.equal(head, state.get("wte.weight", head)):
         raise ValueError(f"{name_or_path}: lm_head.weight differs from wte.weight; "
                          "this GPT ties the two")
     state = {k: v for k, v in state.items()  # buffers: the causal mask and its fill value
              if not k.endswith((".attn.bias", ".attn.masked_bias"))}
-    state = {k: v.float().t() if k.endswith(CONV1D) else v.float() for k, v in state.items()}
+    state = {k: v.mT if k.endswith(CONV1D) and v.dim() == 2 else v for k, v in state.items()}
+    try:
+        gpt = cls(config)
+    except RuntimeError:
+        raise ValueError(f"{name_or_path}: no memory for a GPT of the sizes in config.json") from None
     own = gpt.state_dict()
     wrong = ([f"missing {k}" for k in own if k not in state]
              + [f"unexpected {k}" for k in state if k not in own]
              + [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-                for k in own if k in state and own[k].shape != state[k].shape])
+                for k in own if k in state and own[k].shape != state[k].shape]
+             + [f"{k} is of {v.dtype}" for k, v in state.items() if not v.is_floating_point()])
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise ValueError(f"{name_or_path}: weights do not fit: {'; '.join(wrong[:3])}{more}")
-    gpt.load_state_dict(state)
+    try:
+        gpt.load_state_dict(state)
+    except RuntimeError:  # tensors without ordinary memory
+        raise ValueError(f"{name_or_path}: the weights are not plain, dense tensors") from None
     return gpt
 
 
 def save_gpt2(gpt, directory):
     """See GPT.save_pretrained."""
     directory, c = Path(directory), gpt.config
+    if (directory / "model.safetensors").exists():
+        raise ValueError(f"{directory}: there is a model.safetensors, which readers would prefer "
+                         "to what is saved here; expected another directory")
     directory.mkdir(parents=True, exist_ok=True)
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
               "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size,

@@ -16,10 +16,12 @@ Ziegler et al. 1909.08593. Shapes: B rows, S tokens of a row, T steps, V the voc
 import _thread
 import argparse
 import dataclasses
+import functools
 import hashlib
 import inspect
 import itertools
 import math
+import os
 import re
 import shutil
 import signal
@@ -54,11 +56,12 @@ class Config:
     data_dir: str = str(dataset.SHIPPED)  # preferences.jsonl and more; see data/README.md
     max_grad_norm: float = 1.0         # longer gradients are scaled down to this, in every stage
     # -- language model
+    init: str | None = None            # start from weights: gpt2 or a directory, with their sizes
     block_size: int = 256              # context: most tokens of prompt and response together
     n_layer: int = 2                   # transformer blocks
     n_head: int = 4                    # attention heads
     n_embd: int = 128                  # width
-    lm_epochs: int = 3                 # passes over the corpus
+    lm_epochs: int = 2                 # passes over the corpus
     lm_batch_size: int = 8             # documents a step
     lm_lr: float = 4e-3                # peak learning rate
     # -- reward model
@@ -73,6 +76,7 @@ class Config:
     ppo_batch_size: int = 64           # trajectories an iteration
     ppo_epochs: int = 4                # passes over each batch of experience
     minibatch_size: int = 16           # trajectories a gradient step
+    micro_batch_size: int = 16         # trajectories a forward pass; their gradients accumulate
     ppo_lr: float = 1e-3               # learning rate at the start; falls linearly to 0
     kl_coef: float = 0.05              # beta: the price of a nat of KL to the language model
     kl_target: float | None = None     # nats a response: adapts kl_coef to hold it; none: fixed
@@ -101,14 +105,15 @@ def check(config):
 
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
-        kinds = {float: (float, int), int: int, str: str}.get(field.type, (float, int, type(None)))
+        kinds = {float: (float, int), int: int, str: str, str | None: (str, type(None))}.get(
+            field.type, (float, int, type(None)))
         need(isinstance(value, kinds) and not isinstance(value, bool), field.name,
              getattr(field.type, "__name__", str(field.type)))
         need(not isinstance(value, float) or math.isfinite(value), field.name, "a finite number")
         need(field.name == "seed" or not isinstance(value, int) or abs(value) < 2**31, field.name,
              "less than 2**31")
     for name in ("block_size n_layer n_head n_embd lm_batch_size rm_batch_size max_new_tokens "
-                 "ppo_batch_size ppo_epochs minibatch_size eval_prompts").split():
+                 "ppo_batch_size ppo_epochs minibatch_size micro_batch_size eval_prompts").split():
         need(getattr(c, name) >= 1, name, "at least 1")
     for name in "lm_epochs rm_epochs ppo_iterations kl_coef value_coef entropy_coef".split():
         need(getattr(c, name) >= 0, name, "at least 0")
@@ -124,7 +129,8 @@ def check(config):
     need(c.minibatch_size <= c.ppo_batch_size, "minibatch_size",
          f"at most ppo_batch_size, {c.ppo_batch_size}")
     # An end token before, at least one token of prompt, and an end token for a cut response.
-    need(c.max_new_tokens + 3 <= c.block_size, "max_new_tokens",
+    # With `init`, `starting_point` asks for the same of the context that the weights have.
+    need(c.init or c.max_new_tokens + 3 <= c.block_size, "max_new_tokens",
          f"at most block_size - 3, {c.block_size - 3}, to leave room for a prompt")
 
 
@@ -164,6 +170,16 @@ class Rollout:
     actions: torch.Tensor         # (B, T) a_t, 0 after the end
     mask: torch.Tensor            # (B, T) True up to and including the end
     log_probs: torch.Tensor       # (B, T) log π(a_t|s_t) of the distribution sampled from
+
+    def take(self, rows):
+        """The trajectories `rows`, trimmed to the longest of them."""
+        part = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        part = {k: v[rows] if torch.is_tensor(v) else v for k, v in part.items()}
+        lengths = part["mask"].sum(1)
+        T, used = int(lengths.max()), int((part["prompt_lengths"] + lengths).max())
+        part = {k: v[:, :T] if torch.is_tensor(v) and v.dim() == 2 else v
+                for k, v in part.items()} | {"tokens": part["tokens"][:, :used]}
+        return type(self)(**part)
 
 
 def sample_tokens(log_probs, uniforms):
@@ -238,12 +254,6 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
     actions = tokens.gather(1, at).where(mask, 0)
     tokens.scatter_(1, at, actions)
     return Rollout(tokens[:, :P + T], prompt_lengths, actions, mask, log_probs.where(mask, 0))
-
-
-def response_positions(prompt_lengths, tokens, T):
-    """P-1+t: where the logits and the value of time step t are read. (B, T)"""
-    positions = prompt_lengths[:, None] - 1 + torch.arange(T, device=tokens.device)
-    return positions.clamp_max(tokens.shape[1] - 1)  # beyond it there is only padding
 
 
 # =================================================================================================
@@ -462,18 +472,27 @@ def make_optimizer(model, lr, betas=(0.9, 0.99), eps=1e-8):
     return torch.optim.Adam(model.parameters(), lr=lr, betas=betas, eps=eps, fused=True)
 
 
+def apply_gradient(loss, model, optimizer, max_grad_norm, where):
+    """Clip the gradient, step, clear it; returns the gradient's norm before clipping.
+
+    A loss or gradient that is not finite stops the run by name, before the optimizer sees it
+    (FloatingPointError).
+    """
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # whoever stops early leaves no stale gradient behind
+    if not finite:
+        raise FloatingPointError(f"{where}: loss {loss}, gradient norm {norm}")
+    return norm
+
+
 def optimizer_step(loss, model, optimizer, max_grad_norm, where):
-    """Backward, clip, step. A loss or gradient that is not finite stops the run by name, before
-    the optimizer sees it (FloatingPointError). Returns the gradient's norm before clipping."""
+    """Backward, from no gradient on, then `apply_gradient`."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    if not (math.isfinite(norm) and math.isfinite(loss.detach())):
-        optimizer.zero_grad(set_to_none=True)
-        raise FloatingPointError(f"{where}: loss {loss.item()}, gradient norm {float(norm)}")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)  # whoever stops early leaves no stale gradient behind
-    return float(norm)
+    return apply_gradient(float(loss.detach()), model, optimizer, max_grad_norm, where)
 
 
 def set_learning_rate(optimizer, peak, step, steps, warmup=0):
@@ -582,13 +601,11 @@ def reward_model_accuracy(reward_model, pairs, batch_size=64):
 def reward_scores(reward_model, rollout):
     """r(x, y) (B,) of sampled responses. One that was cut is read at an end token put behind it:
     the reward model has only ever been read at end tokens."""
-    eos = reward_model.gpt.config.eos_token
+    weight, eos = reward_model.gpt.wte.weight, reward_model.gpt.config.eos_token
     lengths = rollout.prompt_lengths + rollout.mask.sum(1)                 # (B,)
-    tokens = F.pad(rollout.tokens, (0, 1))                                 # (B, P+T+1)
-    ended = ends(rollout, eos)
-    tokens.scatter_(1, lengths[:, None], eos)
+    tokens = F.pad(rollout.tokens, (0, 1)).scatter(1, lengths[:, None], eos)  # (B, P+T+1)
     with autocast(reward_model):
-        return reward_model(tokens, lengths + ~ended).to(reward_model.gpt.wte.weight.dtype)
+        return reward_model(tokens, lengths + ~ends(rollout, eos)).to(weight.dtype)
 
 
 def ends(rollout, eos_token):
@@ -614,25 +631,26 @@ class Experience(Rollout):
     returns: torch.Tensor        # (B, T) A_t + V_old(s_t), the value's target
     rollout_seconds: float       # time that sampling took
 
-    def take(self, rows):
-        """The trajectories `rows`, trimmed to the longest of them."""
-        part = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        part = {k: v[rows] if torch.is_tensor(v) else v for k, v in part.items()}
-        T = int(part["mask"].sum(1).max())
-        part = {k: v[:, :T] if torch.is_tensor(v) and v.dim() == 2 and k != "tokens" else v
-                for k, v in part.items()}
-        used = int((part["prompt_lengths"] + part["mask"].sum(1)).max())
-        return Experience(**part | {"tokens": part["tokens"][:, :used]})
-
 
 def forward_responses(model, batch, temperature):
-    """Logits (B, T, V) and values (B, T) at the response's positions; a GPT has values None."""
-    positions = response_positions(batch.prompt_lengths, batch.tokens, batch.actions.shape[1])
-    with autocast(model):
-        out = model(batch.tokens, positions)
+    """A full pass over prompts and responses, read at position P-1+t for each valid step t.
+
+    returns: log_probs (B, T) of the actions; values (B, T), None of a GPT; both 0 after the end;
+    logits (N, V) of the N valid steps alone, row by row
+    """
+    at = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)   # (P+T,)
+    first = batch.prompt_lengths[:, None] - 1                              # (B, 1): of t = 0
+    end = first + batch.mask.sum(1, keepdim=True)                          # (B, 1)
+    with autocast(model):  # the last action is read nowhere: the rows are `end` tokens long
+        out = model(batch.tokens, (first <= at) & (at < end), end.squeeze(1))
     logits, values = out if isinstance(out, tuple) else (out, None)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return logits.to(wide) / temperature, values if values is None else values.to(wide)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+
+    def as_steps(x):  # (N,) -> (B, T)
+        return logits.new_zeros(batch.mask.shape).masked_scatter(batch.mask, x.to(logits))
+
+    log_probs = as_steps(gather_log_probs(logits, batch.actions[batch.mask]))
+    return log_probs, values if values is None else as_steps(values), logits
 
 
 @torch.no_grad()
@@ -649,17 +667,14 @@ def collect(policy, reference, reward_fn, prompts, config, generator=None):
     if config.missing_eos_score is not None:  # Stiennon et al. 2009.01325: cut rows score low
         scores = scores.where(ends(sampled, eos), config.missing_eos_score)
 
-    log_probs, ref_log_probs, values = [], [], []
-    for rows in torch.arange(len(prompts)).split(config.minibatch_size):  # (B, T, V) never at once
-        batch = Rollout(*(getattr(sampled, f.name)[rows] for f in dataclasses.fields(Rollout)))
-        logits, v = forward_responses(policy, batch, config.temperature)
-        log_probs.append(gather_log_probs(logits, batch.actions))
-        values.append(v)
-        logits, _ = forward_responses(reference, batch, config.temperature)
-        ref_log_probs.append(gather_log_probs(logits, batch.actions))
     mask = sampled.mask
-    log_probs, ref_log_probs, values = (
-        torch.cat(x).where(mask, 0) for x in (log_probs, ref_log_probs, values))   # (B, T)
+    log_probs, ref_log_probs, values = sampled.log_probs.new_zeros(3, *mask.shape)  # 3 × (B, T)
+    for rows in torch.arange(len(mask), device=mask.device).split(config.micro_batch_size):
+        part = sampled.take(rows)  # the logits of all rows at once would fill the memory
+        T = part.mask.shape[1]
+        log_probs[rows, :T], values[rows, :T], _ = forward_responses(policy, part,
+                                                                     config.temperature)
+        ref_log_probs[rows, :T], *_ = forward_responses(reference, part, config.temperature)
 
     rewards = kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, config.kl_coef)
     advantages = gae(rewards, values, mask, config.gamma, config.lam)
@@ -668,44 +683,61 @@ def collect(policy, reference, reward_fn, prompts, config, generator=None):
                       seconds)
 
 
+def ppo_loss(policy, batch, config, watch_entropy=True):
+    """L = −L_clip + c1 L_VF − c2 H on a minibatch (PPO 1707.06347, eq. 9 with its sign turned).
+
+    returns: (loss (), what to watch: a dictionary of floats)
+    """
+    log_probs, values, logits = forward_responses(policy, batch, config.temperature)
+    policy_part = ppo_policy_loss(log_probs, batch.log_probs, batch.advantages, batch.mask,
+                                  config.clip)
+    value_part = value_loss(values, batch.values, batch.returns, batch.mask, config.value_clip)
+    loss = policy_part + config.value_coef * value_part
+    log_ratio = (log_probs.detach() - batch.log_probs).where(batch.mask, 0)
+    clipped = (log_ratio.exp() - 1).abs() > config.clip
+    watched = {"policy_loss": policy_part, "value_loss": value_part,
+               "approx_kl": masked_mean(log_ratio.expm1() - log_ratio, batch.mask),  # k3
+               "clip_fraction": masked_mean(clipped.float(), batch.mask)}
+    if config.entropy_coef or watch_entropy:  # it costs as much as the rest: not for nothing
+        bonus = entropy(logits if config.entropy_coef else logits.detach(), batch.mask[batch.mask])
+        loss, watched["entropy"] = loss - config.entropy_coef * bonus, bonus
+    return loss, {name: float(value.detach()) for name, value in watched.items()}
+
+
 def ppo_update(policy, optimizer, experience, config, generator=None, where="ppo"):
     """K epochs of minibatches on one batch of experience; returns metrics of the update.
 
-    Minimises L = −L_clip + c1 L_VF − c2 H (PPO 1707.06347, eq. 9 with its sign turned).
-    Advantages are whitened over the whole batch; the returns are not touched by that.
+    Advantages are whitened over the whole batch; the returns are not touched by that. A minibatch
+    goes through the network in micro-batches whose gradients add up to its mean over tokens.
     """
     whitened = whiten(experience.advantages, experience.mask)
     experience = dataclasses.replace(experience, advantages=whitened)
-    metrics, stop = {}, False
-    for _ in range(config.ppo_epochs):
-        order = torch.randperm(len(whitened), generator=generator)
-        for rows in order.split(config.minibatch_size):
-            batch = experience.take(rows.to(whitened.device))
-            logits, values = forward_responses(policy, batch, config.temperature)
-            log_probs = gather_log_probs(logits, batch.actions)
-            loss_policy = ppo_policy_loss(log_probs, batch.log_probs, batch.advantages, batch.mask,
-                                          config.clip)
-            loss_value = value_loss(values, batch.values, batch.returns, batch.mask,
-                                    config.value_clip)
-            bonus = entropy(logits if config.entropy_coef else logits.detach(), batch.mask)
-            loss = loss_policy + config.value_coef * loss_value - config.entropy_coef * bonus
-
-            log_ratio = (log_probs.detach() - batch.log_probs).where(batch.mask, 0)
-            approx_kl = float(masked_mean(log_ratio.expm1() - log_ratio, batch.mask))  # k3
-            stop = config.early_stop_kl is not None and approx_kl > config.early_stop_kl
-            if stop:  # before backward: no gradient is left behind
+    metrics, updates, stop = {}, 0, False
+    for epoch in range(config.ppo_epochs):
+        for rows in torch.randperm(len(whitened), generator=generator).split(config.minibatch_size):
+            rows = rows.to(whitened.device)
+            loss, watched, tokens = 0.0, {}, experience.mask[rows].sum()
+            for part in rows.split(config.micro_batch_size):
+                batch = experience.take(part)
+                share = batch.mask.sum() / tokens
+                part_loss, part_watched = ppo_loss(policy, batch, config, epoch == 0)
+                (share * part_loss).backward()
+                loss += float(share * part_loss.detach())
+                for name, value in part_watched.items():
+                    watched[name] = watched.get(name, 0.0) + float(share) * value
+            stop = config.early_stop_kl is not None and watched["approx_kl"] > config.early_stop_kl
+            if stop:  # and leave no gradient behind
+                optimizer.zero_grad(set_to_none=True)
                 break
-            norm = optimizer_step(loss, policy, optimizer, config.max_grad_norm, where)
-            clipped = (log_ratio.exp() - 1).abs() > config.clip
-            for name, value in (
-                    ("policy_loss", loss_policy), ("value_loss", loss_value), ("entropy", bonus),
-                    ("approx_kl", approx_kl), ("grad_norm", norm),
-                    ("clip_fraction", masked_mean(clipped.float(), batch.mask))):
-                metrics.setdefault(name, []).append(float(torch.as_tensor(value).detach()))
+            watched["grad_norm"] = apply_gradient(loss, policy, optimizer, config.max_grad_norm,
+                                                  where)
+            updates += 1
+            for name, value in watched.items():
+                metrics.setdefault(name, []).append(value)
         if stop:
             break
     result = {name: sum(values) / len(values) for name, values in metrics.items()}
-    return result | {"updates": len(metrics.get("grad_norm", ())), "early_stop": stop}
+    return result | {"updates": updates, "early_stop": stop}
 
 
 def train_ppo(policy, reference, reward_fn, prompts, config, state=None, on_step=None):
@@ -788,9 +820,8 @@ def evaluate(policy, reference, reward_fn, prompts, config, true_reward_fn=None)
             if true_reward_fn:
                 columns["true_reward"] = true_reward_fn(r)
             if side == "ppo":
-                logits, _ = forward_responses(reference, r, config.temperature)
-                kl, _ = kl_estimates(r.log_probs, gather_log_probs(logits, r.actions), r.mask)
-                columns["kl"] = kl
+                ref_log_probs, *_ = forward_responses(reference, r, config.temperature)
+                columns["kl"], _ = kl_estimates(r.log_probs, ref_log_probs, r.mask)
             for b, row in enumerate(rows):
                 row[side] = r.actions[b][r.mask[b]].tolist()
                 for name, values in columns.items():
@@ -815,7 +846,7 @@ def evaluate(policy, reference, reward_fn, prompts, config, true_reward_fn=None)
 
 
 # =================================================================================================
-# The command line: run, sample
+# The command line: run, sample, explain
 # =================================================================================================
 
 FILES = {"language_model": "lm.pt", "reward_model": "reward.pt", "ppo": "policy.pt"}
@@ -823,6 +854,7 @@ FORMAT = 1  # of checkpoints
 SAVE_EVERY = 10  # seconds of work that a kill can cost
 
 
+@functools.cache
 def field_groups():
     """{group: {field: comment}} as they stand in Config's source: help and checkpoints read it."""
     groups = {}
@@ -840,8 +872,8 @@ def stage_settings(config, data, stage):
     groups = groups[:{"language_model": 2, "reward_model": 4, "ppo": 5}[stage]]
     names = [name for group in groups for name in field_groups()[group]]
     settings = {name: getattr(config, name) for name in names
-                if name not in ("device", "out_dir", "data_dir")}
-    return settings | {"data": data.fingerprint, "format": FORMAT}
+                if name not in ("device", "out_dir", "data_dir", "init")}
+    return settings | {"data": data.fingerprint, "init": data.init, "format": FORMAT}
 
 
 def find_checkpoint(stage, config, data):
@@ -976,30 +1008,56 @@ def true_reward_fn(data):
     return true_rewards
 
 
+def starting_point(config):
+    """(language model before stage 1, data, config): new, or `init`'s weights with their sizes."""
+    if config.init is None:
+        data = dataset.load(config.data_dir, config.block_size, config.max_new_tokens)
+        sizes = GPTConfig(data.eos_token + 1, config.block_size, config.n_layer, config.n_head,
+                          config.n_embd, data.eos_token)
+        return GPT(sizes, seeded(config.seed, "language_model init", 0)), data, config
+    lm, encoding = GPT.from_pretrained(config.init), dataset.tokenizer_of(None, config.init)
+    sizes = lm.config
+    if sizes.vocab_size != encoding.n_vocab:
+        raise ValueError(f"{config.init}: a vocabulary of {sizes.vocab_size:,} tokens, expected "
+                         f"the {encoding.n_vocab:,} of GPT-2's tokenizer")
+    if config.max_new_tokens + 3 > sizes.block_size:
+        raise ValueError(f"max_new_tokens is {config.max_new_tokens}, expected at most "
+                         f"{sizes.block_size - 3}: {config.init} has a context of "
+                         f"{sizes.block_size} tokens")
+    sizes.eos_token = encoding.eot_token
+    config = dataclasses.replace(config, block_size=sizes.block_size, n_layer=sizes.n_layer,
+                                 n_head=sizes.n_head, n_embd=sizes.n_embd)
+    data = dataset.load(config.data_dir, config.block_size, config.max_new_tokens, encoding)
+    data.notes.append(f"starts from {config.init}: {config.n_layer} layers, {config.n_head} heads, "
+                      f"width {config.n_embd}, context {config.block_size}")
+    digest = hashlib.sha256()
+    for weight in lm.state_dict().values():
+        digest.update(weight.numpy())
+    data.init = digest.hexdigest()
+    return lm, data, config
+
+
 def run(config, fresh=None, interrupted=lambda: False):
     """All stages: language model, reward model, PPO, evaluation. Returns the evaluation record.
 
     fresh: a stage, from which on to start over    interrupted() -> whether to save and stop
     """
     check(config)  # its fields can be assigned to
-    data = dataset.load(config.data_dir, config.block_size, config.max_new_tokens)
+    lm, data, config = starting_point(config)
     device, out = pick_device(config.device), Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     with dataset.locked(out):
         for stage in reversed(FILES if fresh else ()):  # the last first: a kill leaves a beginning
             if list(FILES).index(stage) >= list(FILES).index(fresh):
                 (out / FILES[stage]).unlink(missing_ok=True)
-        return run_stages(config, data, device, interrupted)
+        return run_stages(lm, data, config, device, interrupted)
 
 
-def run_stages(config, data, device, interrupted):
-    """See run; `out_dir` is there and this run's alone."""
+def run_stages(lm, data, config, device, interrupted):
+    """See run; lm: before stage 1    `out_dir` is there, and this run's alone."""
     out = Path(config.out_dir)
     describe(data, device)
-
-    gpt_config = GPTConfig(data.eos_token + 1, config.block_size, config.n_layer, config.n_head,
-                           config.n_embd, data.eos_token)
-    lm = GPT(gpt_config, seeded(config.seed, "language_model init", 0)).to(device)
+    lm.to(device)
     seconds = {}
 
     def stage(name, model, train):
@@ -1095,44 +1153,148 @@ def summarize(record, samples, out):
           f"{curves.draw(out)}")
 
 
-def sample(config, prompt, n=3):
-    """Continuations of a prompt by the language model and the PPO policy, side by side."""
-    out, models = Path(config.out_dir), {}
-    for stage, name in FILES.items():
-        if not (out / name).exists():
-            raise ValueError(f"{out / name}: no such file; run python rlhf.py first")
-        checkpoint = load_checkpoint(out / name)
+def load_model(path, device="cpu"):
+    """(model, Config of its run, tokenizer) of lm.pt, reward.pt or policy.pt."""
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such file; run python rlhf.py first")
+    checkpoint = load_checkpoint(path)
+    try:
         gpt = GPT(GPTConfig(**checkpoint["model"]))
         model = {"language_model": lambda g: g, "reward_model": RewardModel,
-                 "ppo": ActorCritic}[stage](gpt)
+                 "ppo": ActorCritic}[checkpoint["stage"]](gpt)
         model.load_state_dict(checkpoint["weights"])
-        models[stage] = model.to(pick_device(config.device))
-    lm, reward_model, policy = models.values()
-    config = Config(**checkpoint["config"] | {"seed": config.seed})
-    encoding = dataset.tokenizer_of(config.data_dir)
+        config = Config(**checkpoint["config"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a checkpoint of this version's "
+                         f"({type(error).__name__})") from None
+    encoding = dataset.tokenizer_of(config.data_dir, config.init)
+    if encoding.n_vocab != gpt.config.vocab_size:
+        raise ValueError(f"{path}: a vocabulary of {gpt.config.vocab_size:,} tokens, but the "
+                         f"tokenizer of {config.data_dir} now has {encoding.n_vocab:,}")
+    return model.to(device), config, encoding
+
+
+def load_models(config):
+    """(language model, reward model, policy, Config, tokenizer) of a finished run in out_dir.
+
+    The Config is the run's own, but for what `config` sets otherwise than by default, and its seed.
+    """
+    device = pick_device(config.device)
+    (lm, *_), (reward_model, *_), (policy, trained, encoding) = (
+        load_model(Path(config.out_dir) / name, device) for name in FILES.values())
+    chosen = {name: value for name, value in dataclasses.asdict(config).items()
+              if value != getattr(Config, name)}
+    config = dataclasses.replace(trained, **chosen | {"seed": config.seed})
+    return lm, reward_model, policy, config, encoding
+
+
+def sample(config, prompt, n=3):
+    """Continuations of a prompt by the language model and the PPO policy, side by side."""
+    lm, reward_model, policy, config, encoding = load_models(config)
     eos, tokens = lm.config.eos_token, encoding.encode_ordinary(prompt)
     columns = []
     for model, name in ((lm, "language model"), (policy, "PPO policy")):
         r = rollout(model, [[eos, *tokens]] * n, config.max_new_tokens, eos, config.temperature,
                     seeded(config.seed, "sample", 0))
-        logits, _ = forward_responses(lm, r, config.temperature)
-        kl, _ = kl_estimates(r.log_probs, gather_log_probs(logits, r.actions), r.mask)
+        ref_log_probs, *_ = forward_responses(lm, r, config.temperature)
+        kl, _ = kl_estimates(r.log_probs, ref_log_probs, r.mask)
         scores = reward_scores(reward_model, r)
         texts = [encoding.decode([t for t in a[m].tolist() if t != eos], errors="replace")
                  for a, m in zip(r.actions, r.mask)]
         columns.append([name, *(f"[score {s:+.2f}, KL {k:.1f}]{text}" for s, k, text in
                                 zip(scores.tolist(), kl.tolist(), texts))])
-    width = (shutil.get_terminal_size().columns - 3) // 2
     print(prompt)
     for left, right in zip(*columns):
-        sides = [textwrap.wrap(" ".join(text.split()), width) for text in (left, right)]
-        for a, b in itertools.zip_longest(*sides, fillvalue=""):
-            print(f"{a:{width}} | {b}")
-        print()
+        print(side_by_side(left, right) + "\n")
+
+
+def side_by_side(left, right):
+    """Two texts as two columns of the terminal's width."""
+    width = max((shutil.get_terminal_size().columns - 3) // 2, 8)
+    sides = [textwrap.wrap(" ".join(text.split()), width) for text in (left, right)]
+    return "\n".join(f"{a:{width}} | {b}" for a, b in itertools.zip_longest(*sides, fillvalue=""))
+
+
+def explain(config, prompt, step):
+    """One trajectory as a table: every column of the derivation, and the sums that tie them.
+
+    prompt: a text; None takes a held-out one    step: 0 for the policy as PPO found it, else None
+    """
+    lm, reward_model, policy, config, encoding = load_models(config)
+    if step == 0:
+        policy = ActorCritic(lm)
+    if prompt is None:
+        samples = dataset.read_records(Path(config.out_dir) / "samples.jsonl")
+        prompt = samples[config.seed % len(samples)]["prompt"]
+    eos = lm.config.eos_token
+    e = collect(policy, lm, lambda r: reward_scores(reward_model, r),
+                [[eos, *encoding.encode_ordinary(prompt)]], config,
+                seeded(config.seed, "explain", 0))
+    ppo_update(policy, make_optimizer(policy, config.ppo_lr, (0.9, 0.999), 1e-5), e, config)
+    with torch.no_grad():
+        log_probs, *_ = forward_responses(policy, e, config.temperature)
+    ratio = (log_probs - e.log_probs).exp()                                # (1, T)
+    columns = trajectory_columns(e, ratio, config)
+
+    actions, P = e.actions[0].tolist(), int(e.prompt_lengths[0])
+    tokens = ["<end>" if a == eos else encoding.decode([a], "replace") for a in actions]
+    response = encoding.decode([a for a in actions if a != eos], "replace")
+    print(textwrap.fill(" ".join(f"{prompt}|{response}".split()), 79))
+    print(f"\n{'untrained' if step == 0 else 'trained'} policy; P = {P} tokens of prompt, so row t "
+          f"is read at position {P - 1} + t\n")
+    print("\n".join(trajectory_table(columns, tokens, config.clip)))
+    print(f"\nratio: clip(π_new / π, 1 ± {config.clip:g}) after one update on this trajectory "
+          "alone,\nwhich raises it where A is above its mean; * where it was clipped\n")
+    if not ends(e, eos) and config.missing_eos_score is not None:
+        print("the response was cut: its score is missing_eos_score")
+    print("\n".join(trajectory_sums(columns, float(e.scores), config)))
+
+
+def trajectory_columns(e, ratio, config):
+    """{name: list of T numbers} of the one trajectory in `e`; log ref is log π_ref(a_t|s_t)."""
+    columns = {"log π": e.log_probs, "log ref": e.ref_log_probs,
+               "KL": e.log_probs - e.ref_log_probs, "r": e.rewards,
+               "to-go": rewards_to_go(e.rewards, e.mask, config.gamma), "V": e.values,
+               "δ": gae(e.rewards, e.values, e.mask, config.gamma, lam=0.0), "A": e.advantages,
+               "ratio": ratio}
+    return {name: values[0].tolist() for name, values in columns.items()}
+
+
+def trajectory_table(columns, tokens, clip):
+    """Lines of at most 80 columns: names, then one a time step. A space in a token shows as ·"""
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    widths = [7 if name in ("log π", "log ref", "KL") else 6 for name in columns]
+    lines = [f" t {'token':9} " + " ".join(f"{n:>{w}}" for n, w in zip(columns, widths))]
+    for t, (token, *row) in enumerate(zip(tokens, *columns.values())):
+        token, ratio = repr(token)[1:-1].replace(" ", "·")[:9], row[-1]
+        row[-1] = min(max(ratio, 1 - clip), 1 + clip)
+        cells = [f"{x:{width}.3f}" for x, width in zip(row, widths)]
+        if colour:  # the advantage: green where the action did better than V expected, else red
+            cells[-2] = f"\033[{32 if row[-2] > 0 else 31}m{cells[-2]}\033[0m"
+        lines.append(f"{t:2} {token:9} {' '.join(cells)}{'*' * (row[-1] != ratio)}")
+    return lines
+
+
+def trajectory_sums(columns, score, config):
+    """Lines that tie the columns together; what would stand after the last step is 0."""
+    beta, gamma, lam = config.kl_coef, config.gamma, config.lam
+    r, to_go, V, delta, A = (columns[name] + [0.0] for name in ("r", "to-go", "V", "δ", "A"))
+    kl, telescoped = sum(columns["KL"]), sum(gamma**t * d for t, d in enumerate(delta))
+    lines = (
+        ("Σ r = score - β Σ KL", f"{sum(r):.3f} = {score:.3f} - {beta:g} · {kl:.3f}"),
+        ("to-go_0 = r_0 + γ to-go_1", f"{to_go[0]:.3f} = {r[0]:.3f} + {gamma:g} · {to_go[1]:.3f}"),
+        ("δ_0 = r_0 + γ V_1 - V_0",
+         f"{delta[0]:.3f} = {r[0]:.3f} + {gamma:g} · {V[1]:.3f} - {V[0]:.3f}"),
+        ("A_0 = δ_0 + γλ A_1", f"{A[0]:.3f} = {delta[0]:.3f} + {gamma * lam:g} · {A[1]:.3f}"),
+        ("Σ γ^t δ_t = to-go_0 - V_0", f"{telescoped:.3f} = {to_go[0]:.3f} - {V[0]:.3f}"),
+        ("A_0+V_0 = r_0 + γ (V_1 + λA_1)",
+         f"{A[0] + V[0]:.3f} = {r[0]:.3f} + {gamma:g} · ({V[1]:.3f} + {lam:g} · {A[1]:.3f})"))
+    lines = [f"{formula:30}  {numbers}" for formula, numbers in lines]
+    return [*lines, "A_0+V_0 is the return, which V(s_0) is trained towards"]
 
 
 def parse(argv):
-    """(command, prompt, Config, --fresh) of the command line; if wrong, one line and exit 2."""
+    """(command, prompt, Config, --fresh, --step) as given; if wrong, one line and exit 2."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             self.exit(2, f"rlhf.py: {message}; see --help\n")
@@ -1142,36 +1304,41 @@ def parse(argv):
 
     parser = Parser(prog="rlhf.py", allow_abbrev=False,
                     description="RLHF: language model, reward model, PPO, evaluation.")
-    parser.add_argument("command", nargs="?", default="run", choices=("run", "sample"),
-                        help="run: all stages; sample PROMPT: continuations before and after")
-    parser.add_argument("prompt", nargs="?", help="for sample")
+    parser.add_argument("command", nargs="?", default="run", choices=("run", "sample", "explain"),
+                        help="run: all stages; sample PROMPT: continuations before and after; "
+                        "explain [PROMPT]: one trajectory as a table")
+    parser.add_argument("prompt", nargs="?", help="for sample and explain")
     parser.add_argument("--fresh", nargs="?", const="language_model", choices=tuple(FILES),
                         metavar="STAGE", help="replace the checkpoints in out_dir from STAGE on: "
                         "language_model (all of them; the default), reward_model or ppo. Without "
                         "it, one made with the same settings and data is loaded, and one made "
                         "with others stops the program")
+    parser.add_argument("--step", type=int, choices=(0,), metavar="0",
+                        help="for explain: the policy before PPO")
     types = {field.name: field.type for field in dataclasses.fields(Config)}
     for group, fields in field_groups().items():
         section = parser.add_argument_group(group)
         for name, comment in fields.items():
             flags = [f"--{name}"] + ["--data"] * (name == "data_dir")
-            kind = types[name] if types[name] in (int, float, str) else value
+            kind = {float | None: value, str | None: str}.get(types[name], types[name])
             section.add_argument(*flags, dest=name, type=kind, metavar="X",
                                  default=getattr(Config, name),
                                  help=f"{comment.replace('%', '%%')} (%(default)s)")
-    words = vars(parser.parse_args(argv))
-    command, prompt, fresh = (words.pop(name) for name in ("command", "prompt", "fresh"))
-    if (command == "sample") != (prompt is not None):
+    words = vars(parser.parse_intermixed_args(argv))
+    command, prompt, fresh, step = (words.pop(n) for n in ("command", "prompt", "fresh", "step"))
+    if command != "explain" and (command == "sample") != (prompt is not None):
         parser.error("sample needs a prompt" if prompt is None else f"what is {prompt!r}?")
+    if command != "explain" and step is not None:
+        parser.error("--step is for explain")
     try:
-        return command, prompt, Config(**words), fresh
+        return command, prompt, Config(**words), fresh, step
     except ValueError as error:
         parser.error(str(error))
 
 
 def main(argv=None):
     """Entry of the command line. What a user can get wrong is one line and exit status 2."""
-    command, prompt, config, fresh = parse(argv)
+    command, prompt, config, fresh, step = parse(argv)
     pressed, late = [], threading.Timer(1, _thread.interrupt_main)
     late.daemon = True
 
@@ -1186,6 +1353,8 @@ def main(argv=None):
     try:
         if command == "sample":
             sample(config, prompt)
+        elif command == "explain":
+            explain(config, prompt, step)
         else:
             run(config, fresh, lambda: bool(pressed))
     except KeyboardInterrupt:

@@ -13,16 +13,22 @@ test are the ones that train; the lists they are held against are written here, 
     python -m pytest test_rlhf.py                     everything, in about a minute
     python -m pytest test_rlhf.py -s -k variance      one claim, with the figures it prints
 """
+import ast
+import contextlib
 import copy
 import dataclasses
 import errno
 import functools
+import hashlib
 import importlib.util
 import itertools
 import json
 import math
 import os
 import random
+import re
+import runpy
+import shutil
 import signal
 import struct
 import subprocess
@@ -37,43 +43,54 @@ import torch
 import torch.nn.functional as F
 
 import rlhf
-from data import annotator, curves, dataset
+from data import annotator, curves, dataset, frontier, label
 from model import (GPT, ActorCritic, GPTConfig, RewardModel, load_checkpoint, read_safetensors,
                    save_checkpoint)
-from rlhf import (Config, Experience, Rollout, adapt_kl_coef, collect, entropy, gae,
-                  gather_log_probs, kl_estimates, kl_penalized_rewards, masked_mean,
-                  policy_gradient_loss, ppo_policy_loss, ppo_update, reward_model_loss,
-                  rewards_to_go, rollout, train_ppo, value_loss, whiten)
+from rlhf import (Config, Rollout, adapt_kl_coef, collect, entropy, gae, gather_log_probs,
+                  kl_estimates, kl_penalized_rewards, masked_mean, policy_gradient_loss,
+                  ppo_policy_loss, ppo_update, reward_model_loss, rewards_to_go, rollout,
+                  train_ppo, value_loss, whiten)
 
 torch.set_num_threads(1)
 REPO = Path(rlhf.__file__).resolve().parent
 SHARED = REPO.parent / "shared" / "data"
+SEEDS = pytest.mark.parametrize("seed", range(3))
+f64 = functools.partial(torch.tensor, dtype=torch.float64)
 
 # =================================================================================================
 # A world small enough to list
 # =================================================================================================
 
-
 def close(actual, expected, atol=1e-10):
-    """Equal in dtype, shape, and value up to rounding."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+    """Equal up to rounding; where `expected` is a tensor, in dtype and shape too."""
+    if not torch.is_tensor(expected):
+        expected = torch.as_tensor(expected, dtype=actual.dtype)
+    torch.testing.assert_close(actual.detach(), expected.detach(), rtol=0, atol=atol)
+
+
+def draws(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=draws(seed), dtype=torch.float64)
 
 
 def tiny_gpt(seed=0, vocab=4, layers=1, heads=2, width=4, context=12, std=0.3):
     """A GPT in float64 that is far from its initialisation; the last token ends a text."""
-    generator = torch.Generator().manual_seed(seed)
-    config = GPTConfig(vocab, context, layers, heads, width, vocab - 1)
-    gpt = GPT(config, generator).double()
+    generator = draws(seed)
+    gpt = GPT(GPTConfig(vocab, context, layers, heads, width, vocab - 1), generator).double()
     with torch.no_grad():
         for p in gpt.parameters():
-            p.add_(std * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+            noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            p.mul_(p.dim() == 1).add_(std * noise)
     return gpt
 
 
 def tiny_policy(seed=0, **sizes):
     """An ActorCritic on such a GPT whose values are not zero either."""
     policy = ActorCritic(tiny_gpt(seed, **sizes))
-    torch.nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(seed))
+    torch.nn.init.normal_(policy.value_head.weight, generator=draws(seed))
     torch.nn.init.constant_(policy.value_head.bias, 0.3)
     return policy
 
@@ -81,7 +98,12 @@ def tiny_policy(seed=0, **sizes):
 def log_pi(policy, state, temperature=1.0):
     """log π(·|s), (V,), by a forward pass over this state alone."""
     gpt = getattr(policy, "gpt", policy)
-    return F.log_softmax(gpt(torch.tensor([state]))[0, -1] / temperature, -1)
+    return F.log_softmax(gpt(torch.tensor([list(state)]))[0, -1] / temperature, -1)
+
+
+def V(policy, state):
+    """The critic's V(s), by a forward pass over this state alone."""
+    return policy(torch.tensor([list(state)]))[1][0, -1]
 
 
 class World:
@@ -92,19 +114,22 @@ class World:
     """
 
     def __init__(self, prompts, vocab, T):
-        self.prompts, self.eos, self.T = prompts, vocab - 1, T
+        self.prompts, eos = prompts, vocab - 1
         responses = [y for n in range(1, T + 1) for y in itertools.product(range(vocab), repeat=n)
-                     if self.eos not in y[:-1] and (y[-1] == self.eos or n == T)]
+                     if eos not in y[:-1] and (y[-1] == eos or n == T)]
         rows = [(x, y) for x in prompts for y in responses]
         self.states = list(dict.fromkeys(x + y[:t] for x, y in rows for t in range(len(y))))
         index = {state: i for i, state in enumerate(self.states)}
-        self.state_of = torch.tensor([[index.get(x + y[:t], 0) if t < len(y) else 0
-                                       for t in range(T)] for x, y in rows])         # (N, T)
-        self.actions = torch.tensor([y + (0,) * (T - len(y)) for x, y in rows])      # (N, T)
-        self.mask = torch.tensor([[t < len(y) for t in range(T)] for x, y in rows])  # (N, T)
+
+        def padded(sequences):
+            longest = max(map(len, sequences))
+            return torch.tensor([list(s) + [0] * (longest - len(s)) for s in sequences])
+
+        self.state_of = padded([[index[x + y[:t]] for t in range(len(y))] for x, y in rows])
+        self.actions = padded([y for x, y in rows])                                  # (N, T)
+        self.mask = padded([[1] * len(y) for x, y in rows]).bool()                   # (N, T)
         self.lengths = self.mask.sum(1)                                              # (N,)
-        P = max(len(x) for x in prompts)
-        self.tokens = torch.tensor([x + y + (0,) * (P + T - len(x + y)) for x, y in rows])
+        self.tokens = padded([x + y for x, y in rows])                               # (N, P+T)
         self.prompt_lengths = torch.tensor([len(x) for x, y in rows])
 
     def table(self, policy, temperature=1.0):
@@ -121,14 +146,12 @@ class World:
 
     def values(self, table, rewards):
         """V(s) = Σ_a π(a|s) (r(s, a) + V(s ⊕ a)) of every state, (states,), from the last back."""
-        V = {}
+        values = {}
         for i in sorted(range(len(self.states)), key=lambda i: -len(self.states[i])):
             s, pi = self.states[i], table[i].exp()
-            V[s] = sum(pi[a] * (rewards[i, a] + V.get(s + (a,), 0)) for a in range(len(pi)))
-        return torch.stack([V[s] for s in self.states])
-
-    def as_rollout(self, log_probs=None):
-        return Rollout(self.tokens, self.prompt_lengths, self.actions, self.mask, log_probs)
+            values[s] = sum(pi[a] * (rewards[i, a] + values.get(s + (a,), 0))
+                            for a in range(len(pi)))
+        return torch.stack([values[s] for s in self.states])
 
 
 RAGGED = [(3, 1), (3, 2, 0, 1)]  # two prompts of different length; each begins with the end token
@@ -145,9 +168,7 @@ def flat_grad(y, policy):
 def listed(seed):
     """A world with a policy and random rewards r(s, a), and all that is exact about the two."""
     world, gpt = World(RAGGED, 4, 3), tiny_gpt(seed)
-    generator = torch.Generator().manual_seed(seed)
-    reward_table = torch.randn(len(world.states), 4, generator=generator, dtype=torch.float64)
-    table = world.table(gpt)
+    reward_table, table = normal(len(world.states), 4, seed=seed), world.table(gpt)
     log_probs, rewards = world.read(table), world.read(reward_table)
     p = world.probability(log_probs)
     J = (p * rewards.sum(1)).sum()                       # Σ_τ p(τ) R(τ): autograd does the rest
@@ -183,23 +204,18 @@ def moments(p, x):
     return mean, (p @ (x - mean)**2).sum()
 
 
-SEEDS = pytest.mark.parametrize("seed", range(3))
-
-
 # =================================================================================================
 # 1. Reward model: preferences become a number
 # =================================================================================================
 
-
 def test_reward_model_loss_is_minus_log_sigmoid_of_the_margin():
     """L = −E log σ(r_w − r_l) = E log(1 + e^{r_l − r_w}), by NumPy and by hand."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 50, generator=generator, dtype=torch.float64)
-    close(reward_model_loss(a, b), torch.tensor(np.log1p(np.exp((b - a).numpy())).mean()))
-    zero, two = torch.tensor([0.0]), torch.tensor([math.log(3.0)])
-    close(reward_model_loss(zero, zero), torch.tensor(math.log(2.0)), 1e-6)   # no opinion: log 2
-    close(reward_model_loss(two, zero), torch.tensor(math.log(4 / 3)), 1e-6)  # σ(log 3) = 3/4
-    close(reward_model_loss(zero, two), torch.tensor(math.log(4.0)), 1e-6)    # the wrong order
+    a, b = normal(2, 50)
+    close(reward_model_loss(a, b), np.log1p(np.exp((b - a).numpy())).mean())
+    zero, more = f64([0.0]), f64([math.log(3.0)])
+    close(reward_model_loss(zero, zero), math.log(2))      # no opinion: log 2
+    close(reward_model_loss(more, zero), math.log(4 / 3))  # σ(log 3) = 3/4
+    close(reward_model_loss(zero, more), math.log(4))      # the wrong order
 
 
 def test_reward_model_loss_does_not_overflow():
@@ -215,7 +231,7 @@ def test_reward_model_loss_does_not_overflow():
 
 def test_reward_model_loss_ignores_a_constant_added_to_both():
     """σ((r_w + c) − (r_l + c)) = σ(r_w − r_l): only differences are ever learned."""
-    a, b = torch.randn(2, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    a, b = normal(2, 9)
     close(reward_model_loss(a + 7, b + 7), reward_model_loss(a, b))
 
 
@@ -224,13 +240,12 @@ def test_minimiser_on_infinitely_many_labels_is_the_true_reward_up_to_a_constant
 
     Infinitely many labels: each ordered pair (i, j) weighs as much as its probability.
     """
-    true = torch.tensor([0.5, -1.2, 2.0, 0.0, 0.7], dtype=torch.float64)
-    pairs = list(itertools.permutations(range(5), 2))
+    true = f64([0.5, -1.2, 2.0, 0.0, 0.7])
 
     def expected_loss(others):
-        r = torch.cat([torch.zeros(1, dtype=torch.float64), others])  # c: the first is 0
+        r = torch.cat([f64([0.0]), others])  # c: the first is 0
         return sum(torch.sigmoid(true[i] - true[j]) * reward_model_loss(r[i:i + 1], r[j:j + 1])
-                   for i, j in pairs)
+                   for i, j in itertools.permutations(range(5), 2))
 
     found = torch.zeros(4, dtype=torch.float64)
     for _ in range(12):  # Newton: the loss is strictly convex once c is fixed
@@ -241,44 +256,33 @@ def test_minimiser_on_infinitely_many_labels_is_the_true_reward_up_to_a_constant
 
 
 def test_reward_model_reads_the_last_token_of_each_row_and_no_padding():
-    """r(x, y) = w · h_last + b, from a row that stands alone or padded among longer ones."""
-    model = RewardModel(tiny_gpt(), torch.Generator().manual_seed(0))
+    """r(x, y) = w · h_last + b of each side of a pair, in one padded pass as alone."""
+    model = RewardModel(tiny_gpt(), draws())
     torch.nn.init.constant_(model.reward_head.bias, 0.7)
-    rows = [[3, 1, 3], [3, 2, 0, 1, 3], [3, 3]]
-    tokens, lengths = torch.full((3, 7), 2), torch.tensor([len(row) for row in rows])
-    for i, row in enumerate(rows):
-        tokens[i, :len(row)] = torch.tensor(row)
-    alone = [model.gpt.hidden(torch.tensor([row]))[0, -1] @ model.reward_head.weight[0] + 0.7
-             for row in rows]
-    close(model(tokens, lengths), torch.stack(alone))
-
-
-def test_score_pairs_puts_the_chosen_side_first():
-    """(r(x, y_w), r(x, y_l)), each side read at its own end, in one padded pass."""
-    model = RewardModel(tiny_gpt(), torch.Generator().manual_seed(0))
     pairs = [([3, 1], [2, 0, 3], [3]), ([3], [3], [1, 1, 1, 3]), ([3, 0], [2, 3], [1, 3])]
+
+    def alone(rows):
+        return torch.stack([model.gpt.hidden(torch.tensor([row]))[0, -1]
+                            @ model.reward_head.weight[0] + 0.7 for row in rows])
+
     chosen, rejected = rlhf.score_pairs(model, pairs)
-    for i, (x, w, l) in enumerate(pairs):
-        for scores, y in ((chosen, w), (rejected, l)):
-            close(scores[i], model(torch.tensor([x + y]), torch.tensor([len(x + y)]))[0])
+    close(chosen, alone([x + w for x, w, l in pairs]))
+    close(rejected, alone([x + l for x, w, l in pairs]))
 
 
 def test_reward_head_starts_as_normal_with_std_one_over_root_d_plus_one():
     """w ~ N(0, 1/√(d+1)), b = 0 (Stiennon et al. 2020): scores start near 1, not near 0.02."""
     for d in (2, 64):
-        head = RewardModel(GPT(GPTConfig(4, 8, 1, 1, d, 3)),
-                           torch.Generator().manual_seed(0)).reward_head
-        normal = torch.empty(1, d).normal_(generator=torch.Generator().manual_seed(0))
-        close(head.weight.detach(), normal / math.sqrt(d + 1), 1e-6)
+        head = RewardModel(GPT(GPTConfig(4, 8, 1, 1, d, 3)), draws()).reward_head
+        close(head.weight, torch.empty(1, d).normal_(generator=draws()) / math.sqrt(d + 1), 1e-6)
         assert head.bias == 0
 
 
 def test_normalised_reward_has_mean_0_and_std_1():
     """r ← (r − E r) / σ_r over samples of π_ref: PPO's constants assume that scale."""
-    model = RewardModel(tiny_gpt(), torch.Generator().manual_seed(0))
+    model = RewardModel(tiny_gpt(), draws())
     torch.nn.init.constant_(model.reward_head.bias, 5.0)
-    tokens = torch.randint(4, (40, 6), generator=torch.Generator().manual_seed(0))
-    lengths = torch.full((40,), 6)
+    tokens, lengths = torch.randint(4, (40, 6), generator=draws()), torch.full((40,), 6)
     before = model(tokens, lengths)
     model.normalize(before)
     close(model(tokens, lengths), (before - before.mean()) / before.std(correction=0))
@@ -286,83 +290,31 @@ def test_normalised_reward_has_mean_0_and_std_1():
     assert model(tokens, lengths).isfinite().all()
 
 
-def reward_model_world():
-    """A language model, a reward model, and pairs in which the chosen side has two 1s more."""
-    gpt = tiny_gpt(std=0.1, width=16).float()
-    draw = random.Random(0)
-    pairs = []
-    for _ in range(48):
-        low, high = [[draw.choice([0, 2]) for _ in range(4)] for _ in "ab"]
-        for i in draw.sample(range(4), 2):
-            high[i] = 1
-        pairs.append(([3] + [draw.randrange(3)] * draw.randrange(3), high + [3],
-                      low[:draw.randrange(2, 5)] + [3]))
-    return gpt, RewardModel(gpt, torch.Generator().manual_seed(0)), pairs
-
-
-def warmed_up(peak, steps, warmup):
-    """Linear from 0 to the peak in `warmup` steps, then linear to 0 at `steps`."""
-    return [peak * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
-            for step in range(steps)]
-
-
-REWARD_CONFIG = dict(rm_epochs=5, rm_batch_size=8, rm_lr=1e-2, max_new_tokens=5, block_size=12,
-                     ppo_batch_size=32, minibatch_size=8)
-
-
-def test_train_reward_model_learns_the_order_and_normalises_on_the_references_samples():
-    """min −E log σ(r_w − r_l), then mean 0 and std 1 on π_ref's own responses."""
-    gpt, model, pairs = reward_model_world()
-    start = copy.deepcopy(gpt.state_dict())
-    config, log = Config(**REWARD_CONFIG), []
-    prompts = [x for x, _, _ in pairs]
-    rlhf.train_reward_model(model, pairs, gpt, prompts, config, on_step=lambda *a: log.append(
-        copy.deepcopy(a)))
-    assert [state["step"] for _, state in log] == list(range(1, 31))  # 5 epochs of 48 / 8 steps
-    assert all(metrics["steps"] == 30 for metrics, _ in log)
-    rates = [state["optimizer"]["param_groups"][0]["lr"] for _, state in log]
-    assert rates == pytest.approx(warmed_up(1e-2, 30, 3))
-    assert log[0][0]["loss"] > 0.2 and log[-1][0]["loss"] < 0.05
-    assert log[-1][0]["accuracy"] == 1 and rlhf.reward_model_accuracy(model, pairs) == 1
-    assert rlhf.reward_model_accuracy(model, [(x, l, w) for x, w, l in pairs]) == 0
-    assert rlhf.reward_model_accuracy(model, [(x, w, w) for x, w, l in pairs]) == 0.5  # ties half
-    mixed = pairs[:1] * 3 + [(pairs[1][0], pairs[1][2], pairs[1][1])]
-    assert rlhf.reward_model_accuracy(model, mixed, batch_size=2) == 0.75
-    fresh = rollout(gpt, prompts * 20, 5, 3, generator=torch.Generator().manual_seed(5))
-    scores = rlhf.reward_scores(model, fresh)
-    assert abs(scores.mean()) < 0.15 and abs(scores.std() - 1) < 0.1
-    assert all(torch.equal(start[k], v) for k, v in gpt.state_dict().items())  # π_ref is frozen
-
-
 def test_a_cut_response_is_scored_at_an_end_token_behind_it():
     """r(x, y ⊕ end): the reward model was only ever read at end tokens; padding is not read."""
-    model = RewardModel(tiny_gpt(), torch.Generator().manual_seed(0))
+    model = RewardModel(tiny_gpt(), draws())
     cases = [([3, 1], [2, 0, 1], [3, 1, 2, 0, 1, 3]),  # cut: an end token is put behind it
              ([3, 0], [1, 3], [3, 0, 1, 3]),           # ended: read where it ended
              ([3, 3, 2, 1], [3], [3, 3, 2, 1, 3]),     # an end token in the prompt ends nothing
              ([3, 2], [1], [3, 2, 1, 3]),
              ([3, 3, 1, 2], [0, 1, 2], [3, 3, 1, 2, 0, 1, 2, 3])]  # cut at the end of the tensor
-    tokens = torch.zeros(5, 7, dtype=torch.long)
-    actions, mask = torch.zeros(5, 3, dtype=torch.long), torch.zeros(5, 3, dtype=torch.bool)
+    tokens, actions, mask = torch.full((5, 7), 2), torch.zeros(5, 3).long(), torch.zeros(5, 3) > 0
     for b, (x, y, _) in enumerate(cases):
         tokens[b, :len(x + y)] = torch.tensor(x + y)
         actions[b, :len(y)], mask[b, :len(y)] = torch.tensor(y), True
-    before = tokens.clone()
-    batch = Rollout(tokens, torch.tensor([len(x) for x, _, _ in cases]), actions, mask,
+    actions[3, 2] = 3  # an end token in the padding ends nothing either
+    batch = Rollout(tokens.clone(), torch.tensor([len(x) for x, _, _ in cases]), actions, mask,
                     torch.zeros(5, 3))
-    alone = [model(torch.tensor([read]), torch.tensor([len(read)]))[0] for _, _, read in cases]
     scores = rlhf.reward_scores(model, batch)
-    close(scores, torch.stack(alone).detach())
-    assert not scores.requires_grad and torch.equal(batch.tokens, before)
+    close(scores, torch.cat([model(torch.tensor([read]), torch.tensor([len(read)]))
+                             for _, _, read in cases]))
+    assert not scores.requires_grad and torch.equal(batch.tokens, tokens)
     assert rlhf.ends(batch, 3).tolist() == [False, True, True, False, False]
-    actions[0, 2], mask[0, 2] = 3, False  # an end token in the padding ends nothing
-    assert not rlhf.ends(batch, 3)[0]
 
 
 # =================================================================================================
 # 2. Trajectories
 # =================================================================================================
-
 
 @SEEDS
 def test_probabilities_of_all_trajectories_sum_to_one(seed):
@@ -374,37 +326,26 @@ def test_probabilities_of_all_trajectories_sum_to_one(seed):
 
 def test_gather_log_probs_is_the_log_softmax_at_the_action():
     """log π(a_t|s_t) = logits[a_t] − log Σ_a exp logits[a], by NumPy; overflow-free."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
-    actions = torch.randint(4, (2, 3), generator=generator)
-    expected = [[x[a] - np.log(np.exp(x).sum()) for x, a in zip(rows, acts)]
-                for rows, acts in zip(logits.numpy(), actions.numpy())]
-    close(gather_log_probs(logits, actions), torch.tensor(np.array(expected)))
+    logits, actions = normal(2, 3, 4), torch.randint(4, (2, 3), generator=draws())
+    z, a = logits.numpy(), actions.numpy()
+    close(gather_log_probs(logits, actions),
+          np.take_along_axis(z, a[..., None], -1)[..., 0] - np.log(np.exp(z).sum(-1)))
     assert gather_log_probs(torch.tensor([[[1e4, 0.0]]]), torch.tensor([[0]])) == 0
-
-
-@SEEDS
-def test_each_time_step_is_read_at_position_P_minus_1_plus_t(seed):
-    """log π(a_t|s_t) comes from the last token of s_t: equal to a pass over s_t alone."""
-    w = listed(seed)
-    for temperature in (1.0, 0.7):
-        logits, values = rlhf.forward_responses(w.gpt, w.world.as_rollout(), temperature)
-        assert values is None and logits.shape == (80, 3, 4)
-        got = gather_log_probs(logits, w.world.actions).where(w.mask, 0)
-        close(got, w.world.read(w.world.table(w.gpt, temperature)))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_rollout_samples_each_trajectory_with_its_probability(temperature):
     """P(τ is sampled) = p_θ(τ): chi-square over every trajectory of both prompts."""
     w, n = listed(1), 20_000
-    r = rollout(w.gpt, [list(x) for x in RAGGED] * n, 3, 3, temperature,
-                torch.Generator().manual_seed(4))
+    r = rollout(w.gpt, [list(x) for x in RAGGED] * n, 3, 3, temperature, draws(4))
     log_probs = w.world.read(w.world.table(w.gpt, temperature)).detach()
-    index = {(P, tuple(a[:n])): i for i, (P, a, n) in enumerate(zip(
-        w.world.prompt_lengths.tolist(), w.world.actions.tolist(), w.lengths.tolist()))}
-    which = torch.tensor([index[P, tuple(a[:k])] for P, a, k in zip(
-        r.prompt_lengths.tolist(), r.actions.tolist(), r.mask.sum(1).tolist())])
+
+    def names(r):  # (P, a_0, a_1, …) of each row: no two trajectories share it
+        return [(P, *a[:n]) for P, a, n in zip(r.prompt_lengths.tolist(), r.actions.tolist(),
+                                               r.mask.sum(1).tolist())]
+
+    index = {name: i for i, name in enumerate(names(w.world))}
+    which = torch.tensor([index[name] for name in names(r)])
     close(r.log_probs, log_probs[which])  # what it reports is what it sampled from
     expected = 2 * n * w.world.probability(log_probs)
     counts, common = torch.bincount(which, minlength=80), expected >= 5
@@ -425,25 +366,16 @@ def test_inverse_transform_takes_the_first_token_whose_cumulative_probability_ex
         assert rlhf.sample_tokens(short, torch.tensor([u], dtype=torch.float64)) == token
 
 
-def count_passes(monkeypatch):
-    """The list that will hold the number of rows of each pass through a GPT."""
-    sizes, hidden = [], GPT.hidden
-    monkeypatch.setattr(GPT, "hidden", lambda self, tokens, *rest: sizes.append(len(tokens))
-                        or hidden(self, tokens, *rest))
-    return sizes
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_cache_ragged_prompts_and_early_ends_change_nothing(temperature, monkeypatch):
+def test_cache_ragged_prompts_and_early_ends_change_nothing(temperature):
     """log π(a_t|s_t) reported while sampling = that of a fresh pass over each row alone."""
-    gpt = tiny_gpt(2, vocab=7, layers=2, heads=2, width=8, context=24, std=0.3)
+    gpt = tiny_gpt(2, vocab=7, layers=2, heads=2, width=8, context=24)
     prompts = [[6], [6, 1, 2, 3, 4, 5, 0, 1], [6, 6, 2], [6, 4]] * 12
-    sizes = count_passes(monkeypatch)
-    r = rollout(gpt, prompts, 12, 6, temperature, torch.Generator().manual_seed(0))
-    passes = list(sizes)
+    r = rollout(gpt, prompts, 12, 6, temperature, draws())
     lengths = r.mask.sum(1).tolist()
     assert len(set(lengths)) > 6 and max(lengths) == 12 and min(lengths) < 3  # a real test
     assert r.tokens.shape == (48, 8 + 12) and r.log_probs.dtype == torch.float64
+    assert r.prompt_lengths.tolist() == [len(x) for x in prompts]
     for b, (prompt, n) in enumerate(zip(prompts, lengths)):
         actions = r.actions[b, :n].tolist()
         assert r.tokens[b].tolist() == prompt + actions + [0] * (20 - len(prompt) - n)
@@ -451,47 +383,29 @@ def test_cache_ragged_prompts_and_early_ends_change_nothing(temperature, monkeyp
         assert 6 not in actions[:-1] and (actions[-1] == 6 or n == 12)  # ends at the end token only
         assert not r.actions[b, n:].any() and not r.log_probs[b, n:].any()
         alone = gpt(torch.tensor([prompt + actions]))[0, len(prompt) - 1:-1] / temperature
-        close(r.log_probs[b, :n], F.log_softmax(alone, -1)[range(n), actions].detach())
-    assert r.prompt_lengths.tolist() == [len(x) for x in prompts]
-    assert len(passes) == 12  # a pass a step, of rows that are not done (and few that are)
-    for t, size in enumerate(passes):
-        alive = sum(n > t for n in lengths)
-        assert size == alive or alive < size < alive / 0.8
-
-
-def always_ends():
-    """A policy that ends at once: only the end token has a large logit."""
-    gpt = tiny_gpt(std=0.0)
-    with torch.no_grad():
-        gpt.ln_f.weight.zero_()
-        gpt.ln_f.bias.fill_(1.0)
-        gpt.wte.weight.copy_(torch.tensor([-9.0, -9, -9, 9])[:, None].expand(4, 4))
-    return gpt
-
-
-def test_rollout_is_as_long_as_its_longest_response_and_no_longer(monkeypatch):
-    """T = max_b |y_b|: when all rows have ended, sampling stops."""
-    sizes = count_passes(monkeypatch)
-    r = rollout(always_ends(), [[3], [3, 1]], 6, 3)
-    assert sizes == [2]
-    assert r.mask.tolist() == [[True], [True]] and r.tokens.tolist() == [[3, 3, 0], [3, 1, 3]]
-    assert r.prompt_lengths.tolist() == [1, 2] and not r.log_probs.requires_grad
+        close(r.log_probs[b, :n], F.log_softmax(alone, -1)[range(n), actions])
 
 
 def test_rollout_is_a_function_of_its_generator_and_each_row_has_draws_of_its_own():
     """τ_b depends on the seed and its own draws: what a neighbour does changes nothing."""
-    gpt = tiny_gpt(2, vocab=7, width=8, context=24, std=0.3)
+    gpt, lengths = tiny_gpt(2, vocab=7, width=8, context=24), set()
 
     def responses(prompts, seed):
-        r = rollout(gpt, prompts, 6, 6, generator=torch.Generator().manual_seed(seed))
-        a, b = log_pi(gpt, prompts[0]), r.log_probs[0, 0]
-        close(b, a[r.actions[0, 0]].detach())  # at temperature 1 unless it is told otherwise
+        r = rollout(gpt, prompts, 6, 6, generator=draws(seed))
+        close(r.log_probs[0, 0], log_pi(gpt, prompts[0])[r.actions[0, 0]])  # temperature 1
+        T = int(r.mask.sum(1).max())  # as long as the longest response, and no longer
+        assert r.actions.shape == r.mask.shape == r.log_probs.shape == (len(prompts), T)
+        assert r.tokens.shape[1] == max(map(len, prompts)) + T and not r.log_probs.requires_grad
+        lengths.add(T)
         return [a[m].tolist() for a, m in zip(r.actions, r.mask)]
 
-    same = [[6, 1]] * 8
-    assert responses(same, 0) == responses(same, 0) != responses(same, 1)
-    assert responses([[6, 1]] * 7 + [[6, 2, 3]], 0)[:7] == responses(same, 0)[:7]
-    assert len({tuple(y) for y in responses(same, 0)}) > 3
+    eight = responses([[6, 1]] * 8, 0)
+    assert eight == responses([[6, 1]] * 8, 0) != responses([[6, 1]] * 8, 1)
+    assert eight[:7] == responses([[6, 1]] * 7 + [[6, 2, 3]], 0)[:7]
+    assert len(set(map(tuple, eight))) > 3
+    for seed in range(8):
+        responses([[6, 1]], seed)
+    assert len(lengths) > 1
 
 
 def test_rollout_says_in_one_line_what_it_cannot_do():
@@ -508,7 +422,6 @@ def test_rollout_says_in_one_line_what_it_cannot_do():
 # 3. REINFORCE
 # =================================================================================================
 
-
 @SEEDS
 def test_reinforce_is_unbiased(seed):
     """∇J = E_τ[∇log p_θ(τ) R(τ)], with ∇log p_θ(τ) = Σ_t ∇log π_θ(a_t|s_t)."""
@@ -521,21 +434,19 @@ def test_reinforce_is_unbiased(seed):
 
 def test_policy_gradient_loss_is_a_sum_over_steps_and_a_mean_over_trajectories():
     """L = −(1/N) Σ_i Σ_t log π(a_t|s_t) w_t: dividing by tokens would favour short responses."""
-    log_probs = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, 9e9, 9e9]], dtype=torch.float64)
-    weights = torch.tensor([[1.0, 0.5, -1.0], [2.0, 9e9, -9e9]], dtype=torch.float64)
+    log_probs = f64([[-1.0, -2.0, -3.0], [-4.0, 9e9, 9e9]], requires_grad=True)
+    weights = f64([[1.0, 0.5, -1.0], [2.0, 9e9, -9e9]], requires_grad=True)
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    log_probs.requires_grad_(), weights.requires_grad_()
     loss = policy_gradient_loss(log_probs, weights, mask)
-    close(loss.detach(), torch.tensor(-(-1 - 1 + 3 - 8) / 2, dtype=torch.float64))
+    close(loss, -(-1 - 1 + 3 - 8) / 2)
     loss.backward()
-    close(log_probs.grad, -weights.detach() * mask / 2)
+    close(log_probs.grad, -weights * mask / 2)
     assert weights.grad is None  # weights are constants, also when they come from a critic
 
 
 # =================================================================================================
 # 4. Variance: rewards-to-go, a baseline, the advantage
 # =================================================================================================
-
 
 def weights_of_the_lecture(w):
     """The four weights w_t of ∇log π(a_t|s_t), each said to have less variance than the last."""
@@ -546,23 +457,9 @@ def weights_of_the_lecture(w):
 
 def test_rewards_to_go_by_hand():
     """R_t = r_t + γ R_{t+1}: r = (1, 2, 4), γ = ½ gives R = (1 + ½ · 4, 2 + ½ · 4, 4)."""
-    rewards = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 9e9]], dtype=torch.float64)
-    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    expected = torch.tensor([[3.0, 4.0, 4.0], [2.0, 2.0, 0.0]], dtype=torch.float64)
-    close(rewards_to_go(rewards, mask, gamma=0.5), expected)
-    undiscounted = torch.tensor([[7.0, 6.0, 4.0], [3.0, 2.0, 0.0]], dtype=torch.float64)
-    close(rewards_to_go(rewards, mask), undiscounted)
-
-
-@SEEDS
-def test_the_exact_value_is_the_expected_reward_to_go(seed):
-    """V(s) = E[R_t | s_t = s]: the helper's recursion against the list."""
-    w = listed(seed)
-    to_go = rewards_to_go(w.rewards, w.mask)
-    for s in range(len(w.world.states)):
-        through = (w.world.state_of == s) & w.mask
-        p = w.p[:, None].expand_as(w.mask)[through]
-        close(w.values[through][0], (p * to_go[through]).sum() / p.sum())
+    rewards, mask = f64([[1.0, 2.0, 4.0], [1.0, 2.0, 9e9]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    close(rewards_to_go(rewards, mask, gamma=0.5), [[3.0, 4.0, 4.0], [2.0, 2.0, 0.0]])
+    close(rewards_to_go(rewards, mask), [[7.0, 6.0, 4.0], [3.0, 2.0, 0.0]])
 
 
 @SEEDS
@@ -606,7 +503,6 @@ def test_a_baseline_that_depends_on_the_action_is_biased(seed):
 # 5. Generalised advantage estimation
 # =================================================================================================
 
-
 def test_gae_worked_by_hand():
     """A_t = δ_t + γλ A_{t+1} with γ = 1, λ = ½, r = (0, 0, 1), V = (0.2, 0.4, 0.8):
 
@@ -615,18 +511,15 @@ def test_gae_worked_by_hand():
 
     And with γ = λ = ½:  δ = (0.2 − 0.2, 0.4 − 0.4, 0.2) = (0, 0, 0.2),  A = (0.0125, 0.05, 0.2).
     """
-    rewards = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)
-    values = torch.tensor([[0.2, 0.4, 0.8]], dtype=torch.float64)
-    for gamma, expected in ((1.0, [0.45, 0.5, 0.2]), (0.5, [0.0125, 0.05, 0.2])):
-        close(gae(rewards, values, torch.ones(1, 3), gamma, 0.5),
-              torch.tensor([expected], dtype=torch.float64))
-    close(gae(rewards, values, torch.ones(1, 3)), gae(rewards, values, torch.ones(1, 3), 1, 0.95))
+    r, values, mask = f64([[0.0, 0.0, 1.0]]), f64([[0.2, 0.4, 0.8]]), torch.ones(1, 3)
+    close(gae(r, values, mask, 1.0, 0.5), [[0.45, 0.5, 0.2]])
+    close(gae(r, values, mask, 0.5, 0.5), [[0.0125, 0.05, 0.2]])
+    close(gae(r, values, mask), gae(r, values, mask, 1, 0.95))
 
 
 def wrong_critic(w):
     """V, made wrong: a random error for each state."""
-    generator = torch.Generator().manual_seed(9)
-    error = 0.7 * torch.randn(len(w.world.states), generator=generator, dtype=torch.float64)
+    error = 0.7 * normal(len(w.world.states), seed=9)
     return (w.values + error[w.world.state_of]).where(w.mask, 0)
 
 
@@ -649,18 +542,15 @@ def test_gae_is_the_weighted_sum_of_the_n_step_estimates(gamma, lam):
     is left: (1−λ)(λ^{m−1} + λ^m + …) = λ^{m−1}. With m = 2 that is (1−λ) Â¹ + λ Â².
     """
     w = listed(0)
-    V = wrong_critic(w)
-    got = gae(w.rewards, V, w.mask, gamma, lam)
+    values = wrong_critic(w)
+    got = gae(w.rewards, values, w.mask, gamma, lam)
     for i, length in enumerate(w.lengths.tolist()):
-        r, v = w.rewards[i, :length].tolist(), V[i, :length].tolist() + [0.0]
+        r, v = w.rewards[i, :length].tolist(), values[i, :length].tolist() + [0.0]
         for t in range(length):
-            def n_step(n):
-                return sum(gamma**k * r[t + k] for k in range(n)) + gamma**n * v[t + n] - v[t]
-
-            m = length - t
-            expected = ((1 - lam) * sum(lam**(n - 1) * n_step(n) for n in range(1, m))
-                        + lam**(m - 1) * n_step(m))
-            assert abs(float(got[i, t]) - expected) < 1e-10
+            n_step = [sum(gamma**k * r[t + k] for k in range(n)) + gamma**n * v[t + n] - v[t]
+                      for n in range(1, length - t + 1)]  # Â¹, Â², …, Âᵐ
+            expected = sum((1 - lam) * lam**k * A for k, A in enumerate(n_step[:-1]))
+            close(got[i, t], expected + lam**(len(n_step) - 1) * n_step[-1])
     assert not got[~w.mask].any()
 
 
@@ -692,28 +582,27 @@ def test_gae_is_unbiased_for_every_lambda_when_V_is_exact(seed, lam):
 def test_with_a_wrong_V_bias_falls_and_variance_rises_with_lambda(seed):
     """‖E ĝ_λ − ∇J‖ falls to 0 as λ → 1 while tr Cov ĝ_λ rises: the trade that λ makes."""
     w = listed(seed)
-    V, bias, variance = 0.5 * w.values, [], []  # a critic that has learned half of the value
+    half, bias, variance = 0.5 * w.values, [], []  # a critic that has learned half of the value
     for lam in (0.0, 0.25, 0.5, 0.75, 1.0):
-        mean, trace = moments(w.p, policy_gradients(w, gae(w.rewards, V, w.mask, lam=lam)))
+        mean, trace = moments(w.p, policy_gradients(w, gae(w.rewards, half, w.mask, lam=lam)))
         bias.append(float((mean - w.grad_J).norm()))
         variance.append(float(trace))
     print(f"\nlambda 0, ¼, ½, ¾, 1 in world {seed}: bias {[f'{b:.3f}' for b in bias]}, "
           f"variance {[f'{v:.3f}' for v in variance]}")
-    assert bias[0] > 0.02 and bias[-1] < 1e-10 and bias == sorted(bias, reverse=True)
-    assert variance == sorted(variance)
+    assert bias[0] > 0.02 and bias[-1] < 1e-10
+    assert all(b < a for a, b in zip(bias, bias[1:]))
+    assert all(b > a for a, b in zip(variance, variance[1:]))
 
 
 # =================================================================================================
 # 6. Importance sampling
 # =================================================================================================
 
-
 @functools.cache
 def moved(seed, distance):
     """θ moved away from θ_old = listed(seed)'s: (log π of its trajectories (N, T), policy)."""
-    w = listed(seed)
+    w, generator = listed(seed), draws(77)
     policy = copy.deepcopy(w.gpt)
-    generator = torch.Generator().manual_seed(77)
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(distance * torch.randn(p.shape, generator=generator, dtype=p.dtype))
@@ -756,7 +645,6 @@ def test_the_per_token_surrogate_has_the_right_gradient_at_theta_old_and_departs
 # 7. PPO's loss
 # =================================================================================================
 
-
 @SEEDS
 def test_the_gradient_of_ppos_loss_at_theta_old_is_the_policy_gradient(seed):
     """ρ_t = 1 there: ∇E Σ_t min(ρA, clip(ρ)A) = E Σ_t A_t ∇log π(a_t|s_t) = ∇J."""
@@ -780,20 +668,18 @@ SIGN_CASES = {  # ratio ρ, advantage A: the value of min(ρA, clip(ρ)A), its d
 def test_the_gradient_is_zero_where_clipping_binds_and_whole_on_the_pessimistic_side(case):
     """∂/∂log π of min(ρA, clip(ρ, 0.8, 1.2)A) = ρA, or exactly 0 where the clipped side is less."""
     ratio, advantage, value, slope = SIGN_CASES[case]
-    old = torch.tensor([[-1.3]], dtype=torch.float64)
-    log_probs = (old + math.log(ratio)).requires_grad_()
-    loss = ppo_policy_loss(log_probs, old, torch.full_like(old, advantage), torch.ones(1, 1))
+    log_probs = f64([[math.log(ratio) - 1.3]], requires_grad=True)
+    loss = ppo_policy_loss(log_probs, f64([[-1.3]]), f64([[advantage]]), torch.ones(1, 1))
     loss.backward()
-    close(loss.detach(), torch.tensor(-value, dtype=torch.float64))
-    close(log_probs.grad, torch.tensor([[-slope]], dtype=torch.float64), 1e-10 if slope else 0)
+    close(loss, -value)
+    close(log_probs.grad, [[-slope]], 1e-10 if slope else 0)
 
 
 @pytest.mark.parametrize("clip", [0.2, 0.05])
 def test_ppos_objective_is_a_lower_bound_of_the_unclipped_surrogate(clip):
     """min(ρA, clip(ρ)A) <= ρA for each token, equal where ρ is within 1 ± ε; then their mean."""
-    generator = torch.Generator().manual_seed(0)
-    old, noise, A = torch.randn(3, 40, 5, generator=generator, dtype=torch.float64)
-    new, mask = old + 0.4 * noise, torch.rand(40, 5, generator=generator) < 0.7
+    old, noise, A = normal(3, 40, 5)
+    new, mask = old + 0.4 * noise, torch.rand(40, 5, generator=draws()) < 0.7
     ratio = (new - old).exp()
     each = torch.stack([-ppo_policy_loss(*(x.view(1, 1) for x in token), torch.ones(1, 1), clip)
                         for token in zip(new.flatten(), old.flatten(), A.flatten())]).view(40, 5)
@@ -801,77 +687,74 @@ def test_ppos_objective_is_a_lower_bound_of_the_unclipped_surrogate(clip):
     inside = (ratio - 1).abs() < clip
     close(each[inside], (ratio * A)[inside])
     r, a = ratio.numpy(), A.numpy()
-    close(each, torch.tensor(np.minimum(r * a, np.clip(r, 1 - clip, 1 + clip) * a)))
+    close(each, np.minimum(r * a, np.clip(r, 1 - clip, 1 + clip) * a))
     close(ppo_policy_loss(new, old, A, mask, clip), -each[mask].mean())
+    close(ppo_policy_loss(new, old, A, mask), ppo_policy_loss(new, old, A, mask, 0.2))
 
 
 def test_the_value_loss_is_the_pessimistic_of_two_squares():
     """½ E max((V − R)², (clip(V, V_old ± ε) − R)²), an upper bound of the plain square."""
-    generator = torch.Generator().manual_seed(0)
-    V, old, R = torch.randn(3, 40, 5, generator=generator, dtype=torch.float64)
-    mask = torch.rand(40, 5, generator=generator) < 0.7
-    v, o, r = V.numpy(), old.numpy(), R.numpy()
+    values, old, R = normal(3, 40, 5)
+    mask = torch.rand(40, 5, generator=draws()) < 0.7
+    v, o, r = values.numpy(), old.numpy(), R.numpy()
     for clip in (0.2, 0.6):
         terms = np.maximum((v - r)**2, (np.clip(v, o - clip, o + clip) - r)**2)
-        got = value_loss(V, old, R, mask, clip)
-        close(got, torch.tensor(0.5 * terms[mask.numpy()].mean()))
-        assert got > 0.5 * ((V - R)**2)[mask].mean()
-    close(value_loss(V, old, R, mask), value_loss(V, old, R, mask, 0.2))
+        got = value_loss(values, old, R, mask, clip)
+        close(got, 0.5 * terms[mask.numpy()].mean())
+        assert got > 0.5 * ((values - R)**2)[mask].mean()
+    close(value_loss(values, old, R, mask), value_loss(values, old, R, mask, 0.2))
 
 
-@pytest.mark.parametrize("V, R, slope", [
+@pytest.mark.parametrize("value, R, slope", [
     (1.5, 2.0, 0.0),    # it moved towards R, by more than ε: no gain from going further
     (0.5, -1.0, 0.0),
     (1.5, -1.0, 2.5),   # it moved away: pulled back in full
     (0.5, 2.0, -1.5),
     (1.1, 2.0, -0.9)])  # within ε
-def test_the_gradient_of_the_value_loss_is_zero_where_clipping_binds(V, R, slope):
+def test_the_gradient_of_the_value_loss_is_zero_where_clipping_binds(value, R, slope):
     """∂/∂V ½ max((V − R)², (clip(V, 1 ± 0.2) − R)²) = V − R, or exactly 0 beyond the clip."""
-    V = torch.tensor([[V]], dtype=torch.float64, requires_grad=True)
-    value_loss(V, torch.ones_like(V), torch.full_like(V, R), torch.ones(1, 1)).backward()
-    close(V.grad, torch.full_like(V, slope).detach(), 1e-10 if slope else 0)
+    values = f64([[value]], requires_grad=True)
+    value_loss(values, f64([[1.0]]), f64([[R]]), torch.ones(1, 1)).backward()
+    close(values.grad, [[slope]], 1e-10 if slope else 0)
 
 
 @SEEDS
 def test_entropy_is_exact(seed):
     """H = −Σ_a π(a|s) log π(a|s), averaged over the valid steps of ragged rows."""
     w = listed(seed)
-    logits, _ = rlhf.forward_responses(w.gpt, w.world.as_rollout(), 1.0)
-    pi = w.world.table(w.gpt).detach().exp().numpy()
-    by_state = torch.tensor(-(pi * np.log(pi)).sum(1))
-    close(entropy(logits, w.mask).detach(), by_state[w.world.state_of[w.mask]].mean())
+    log_p = w.world.table(w.gpt).detach()
+    by_state = torch.tensor(-(np.exp(log_p.numpy()) * log_p.numpy()).sum(1))
+    logits = log_p[w.world.state_of] + 5 * normal(80, 3, 1)  # a constant changes no softmax
+    close(entropy(logits, w.mask), by_state[w.world.state_of[w.mask]].mean())
 
 
 def test_entropy_is_largest_when_uniform():
     """H[π] <= log V, with equality for equal logits, where its gradient vanishes."""
-    for V in (2, 5):
-        logits = torch.full((1, 1, V), 3.0, dtype=torch.float64, requires_grad=True)
-        H = entropy(logits, torch.ones(1, 1))
-        close(H.detach(), torch.tensor(math.log(V), dtype=torch.float64))
+    one = torch.ones(1, 1)
+    for size in (2, 5):
+        logits = torch.full((1, 1, size), 3.0, dtype=torch.float64, requires_grad=True)
+        H = entropy(logits, one)
+        close(H, math.log(size))
         H.backward()
         assert logits.grad.abs().max() < 1e-12
-        other = torch.randn(1, 1, V, generator=torch.Generator().manual_seed(V))
-        assert 0 < entropy(other, torch.ones(1, 1)) < math.log(V)
-    assert entropy(torch.tensor([[[0.0, 1e4]]]), torch.ones(1, 1)) == 0  # not NaN: 0 log 0 = 0
+        assert 0 < entropy(normal(1, 1, size), one) < math.log(size)
+    assert entropy(torch.tensor([[[0.0, 1e4]]]), one) == 0  # not NaN: 0 log 0 = 0
 
 
 def test_masked_mean_and_whiten_are_those_of_the_valid_entries():
     """Σ m x / Σ m;  (x − mean) / std over the valid entries, 0 elsewhere."""
-    x = torch.tensor([[1.0, 3.0, 9e9], [8.0, -9e9, 9e9]], dtype=torch.float64)
-    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    close(masked_mean(x, mask), torch.tensor(4.0, dtype=torch.float64))
+    x, mask = f64([[1.0, 3.0, 9e9], [8.0, -9e9, 9e9]]), torch.tensor([[1.0, 1, 0], [1, 0, 0]])
+    close(masked_mean(x, mask), 4.0)
     valid = np.array([1.0, 3.0, 8.0])
-    white = (valid - valid.mean()) / valid.std()
-    close(whiten(x, mask), torch.tensor([[white[0], white[1], 0], [white[2], 0, 0]]), 1e-8)
+    a, b, c = (valid - valid.mean()) / valid.std()
+    close(whiten(x, mask), [[a, b, 0], [c, 0, 0]], 1e-8)
     assert masked_mean(x, torch.zeros(2, 3)) == 0  # nothing valid: no division by 0
-    same = whiten(torch.ones(2, 3, dtype=torch.float64), mask)
-    assert (same == 0).all()  # no spread: no division by 0 either
+    assert (whiten(torch.ones(2, 3).double(), mask) == 0).all()  # no spread: nor here
 
 
 # =================================================================================================
 # 8. The KL penalty
 # =================================================================================================
-
 
 def pair_of_policies(seed, distance):
     """(π = listed(seed), log π_ref (N, T), KL(π‖π_ref) = Σ_s P(s) KL(π(·|s)‖π_ref(·|s)))."""
@@ -931,15 +814,6 @@ def test_reversed_k3_is_wrong(seed):
     assert reads > 2
 
 
-def test_kl_estimates_by_hand_and_over_valid_tokens_only():
-    """Δ = (log ½, log 2): k1 = log 2 − log 2 = 0, k3 = (½ − 1 + log 2) + (2 − 1 − log 2) = ½."""
-    log_probs = torch.tensor([[-1.0, -2.0, 5e5], [-1.0, 0.0, 5e5]], dtype=torch.float64)
-    delta = torch.tensor([[-math.log(2), math.log(2), 9e9], [0.0, -9e9, 9e9]], dtype=torch.float64)
-    k1, k3 = kl_estimates(log_probs, log_probs + delta, torch.tensor([[1, 1, 0], [1, 0, 0]]))
-    close(k1, torch.tensor([0.0, 0.0], dtype=torch.float64))
-    close(k3, torch.tensor([0.5, 0.0], dtype=torch.float64))
-
-
 def test_the_adaptive_coefficient_rises_above_the_target_and_falls_below_it():
     """β ← β (1 + n/10,000 · clip(KL / target − 1, ±0.2))  (Ziegler et al. 2019)."""
     for kl, n, expected in ((6.0, 64, 0.1), (6.6, 1000, 0.101), (5.4, 1000, 0.099),
@@ -950,7 +824,6 @@ def test_the_adaptive_coefficient_rises_above_the_target_and_falls_below_it():
 # =================================================================================================
 # 9. The optimum
 # =================================================================================================
-
 
 def structured_score(response):
     """A reward with structure: tokens and pairs of tokens that are liked or not, and length."""
@@ -972,24 +845,26 @@ OPTIMUM_PROMPTS = [(4, 1), (4, 2, 0, 3)]
 
 @functools.cache
 def optimum_world():
+    """(world, r(x, y) (N,), π_ref, log π_ref(y|x) (N,)): the log-probs of whole responses."""
     world = World(OPTIMUM_PROMPTS, 5, 4)
-    scores = score_rollout(world.as_rollout()).double()
     reference = tiny_gpt(0, vocab=5, width=16, context=16, std=0.1).float()
-    return world, scores, reference
+    return world, score_rollout(world).double(), reference, response_log_probs(world, reference)
 
 
-def objective(world, scores, policy, reference, beta):
-    """J = E_π[r] − β KL(π‖π_ref), exact: over every response to every prompt."""
-    with torch.no_grad():
-        log_p, log_ref = [world.read(world.table(m)).double().sum(1) for m in (policy, reference)]
-    p = log_p.exp() / len(world.prompts)
-    return float((p * (scores - beta * (log_p - log_ref))).sum())
+@torch.no_grad()
+def response_log_probs(world, policy):
+    return world.read(world.table(policy)).double().sum(1)
 
 
-def best_objective(world, scores, reference, beta):
-    """β log Z(x), averaged over prompts, Z(x) = Σ_y π_ref(y|x) exp(r(x, y)/β)."""
-    with torch.no_grad():
-        log_ref = world.read(world.table(reference)).double().sum(1)
+def objective(log_p, beta):
+    """J = E_π[r] − β KL(π‖π_ref), exact, of any distribution log_p (N,) over responses."""
+    world, scores, _, log_ref = optimum_world()
+    return float((log_p.exp() * (scores - beta * (log_p - log_ref))).sum() / len(world.prompts))
+
+
+def optimum(beta):
+    """(β log Z(x) averaged over prompts, log π*): Z(x) = Σ_y π_ref(y|x) exp(r(x, y)/β)."""
+    world, scores, _, log_ref = optimum_world()
     tilted = (log_ref + scores / beta).view(len(world.prompts), -1)
     return float(beta * tilted.logsumexp(1).mean()), tilted.log_softmax(1).flatten()
 
@@ -997,32 +872,23 @@ def best_objective(world, scores, reference, beta):
 @pytest.mark.parametrize("beta", [0.1, 0.5, 2.0])
 def test_the_optimum_is_the_reference_tilted_by_the_reward(beta):
     """max_π E[r] − β KL(π‖π_ref) = β log Z at π* ∝ π_ref exp(r/β); any π loses β KL(π‖π*)."""
-    world, scores, reference = optimum_world()
-    best, log_best = best_objective(world, scores, reference, beta)
-    with torch.no_grad():
-        log_ref = world.read(world.table(reference)).double().sum(1)
-
-    def J(log_p):  # of any distribution over responses, (N,)
-        return float((log_p.exp() * (scores - beta * (log_p - log_ref))).sum() / 2)
-
-    assert abs(J(log_best) - best) < 1e-10
-    noise = torch.randn(len(scores), generator=torch.Generator().manual_seed(0)).double()
+    best, log_best = optimum(beta)
+    assert abs(objective(log_best, beta) - best) < 1e-10
     for step in (-0.5, 0.01, 1.0):
-        log_p = (log_best + step * noise).view(2, -1).log_softmax(1).flatten()
+        log_p = (log_best + step * normal(len(log_best))).view(2, -1).log_softmax(1).flatten()
         kl = float((log_p.exp() * (log_p - log_best)).sum() / 2)
-        assert kl > 0 and abs(J(log_p) - (best - beta * kl)) < 1e-10
+        assert kl > 0 and abs(objective(log_p, beta) - (best - beta * kl)) < 1e-10
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_train_ppo_reaches_99_hundredths_of_the_way_to_the_optimum(beta):
     """(J(π) − J(π_ref)) / (β log Z − J(π_ref)) >= 0.99: what is missing is sampling noise."""
-    world, scores, reference = optimum_world()
+    world, _, reference, log_ref = optimum_world()
     policy = ActorCritic(reference)
-    prompts = [list(x) for x in OPTIMUM_PROMPTS]
-    train_ppo(policy, reference, score_rollout, prompts, Config(kl_coef=beta, **OPTIMUM_CONFIG))
-    start = objective(world, scores, reference, reference, beta)
-    end = objective(world, scores, policy, reference, beta)
-    best, _ = best_objective(world, scores, reference, beta)
+    train_ppo(policy, reference, score_rollout, [list(x) for x in OPTIMUM_PROMPTS],
+              Config(kl_coef=beta, **OPTIMUM_CONFIG))
+    start, end = objective(log_ref, beta), objective(response_log_probs(world, policy), beta)
+    best, _ = optimum(beta)
     share = (end - start) / (best - start)
     print(f"\nβ = {beta}: J from {start:.4f} to {end:.4f} of at most {best:.4f}, {share:.4f}")
     assert 0.99 <= share <= 1 + 1e-6
@@ -1032,41 +898,49 @@ def test_train_ppo_reaches_99_hundredths_of_the_way_to_the_optimum(beta):
 # 10. The plumbing: what users of other libraries stumble over
 # =================================================================================================
 
-
-def experience_of(policy, reference, prompts=None, seed=0, **settings):
+def experience_of(policy, reference, seed=0, **settings):
     """A batch of experience on ragged prompts, with a score that depends on the response."""
     config = Config(**dict(max_new_tokens=5, block_size=12, ppo_batch_size=12, minibatch_size=12,
                            ppo_epochs=1, kl_coef=0.3, missing_eos_score=None) | settings)
-    prompts = prompts or [list(x) for x in RAGGED] * 6
-    return collect(policy, reference, score_rollout, prompts, config,
-                   torch.Generator().manual_seed(seed)), config
+    return collect(policy, reference, score_rollout, [list(x) for x in RAGGED] * 6, config,
+                   draws(seed)), config
 
 
-def sgd(policy, lr):
+def sgd(model, lr):
     """Plain gradient descent: the step is −lr times the gradient, so it shows the gradient."""
-    return torch.optim.SGD(policy.parameters(), lr=lr)
+    return torch.optim.SGD(model.parameters(), lr=lr)
 
 
-def test_no_ratio_other_than_1_before_the_first_update():
+def updated(policy, experience, config, lr=0.1, seed=0):
+    """(a copy of the policy after ppo_update, its metrics)."""
+    learner = copy.deepcopy(policy)
+    return learner, ppo_update(learner, sgd(learner, lr), experience, config, draws(seed))
+
+
+def same(a, b):
+    """Whether two models, or two dictionaries of weights, are equal to the last bit."""
+    a, b = (x if isinstance(x, dict) else x.state_dict() for x in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_no_ratio_other_than_1_before_the_first_update(monkeypatch):
     """ρ_t = π/π_old = 1 exactly at first: a dropout, or a re-tokenised text, would show here."""
-    policy = tiny_policy(0).float()
+    policy, seen = tiny_policy(0).float(), []
     experience, config = experience_of(policy, tiny_gpt(1).float())
-    logits, values = rlhf.forward_responses(policy, experience, config.temperature)
-    mask = experience.mask
-    assert torch.equal(gather_log_probs(logits, experience.actions)[mask],
-                       experience.log_probs[mask])
-    assert torch.equal(values[mask], experience.values[mask])
-    metrics = ppo_update(policy, sgd(policy, 1.0), experience, config)
+    monkeypatch.setattr(rlhf, "ppo_policy_loss", lambda new, old, A, mask, *rest: seen.append(
+        torch.equal(new[mask], old[mask])) or ppo_policy_loss(new, old, A, mask, *rest))
+    _, metrics = updated(policy, experience, config)
     assert metrics["approx_kl"] == 0 and metrics["clip_fraction"] == 0 and metrics["grad_norm"] > 0
+    assert seen and all(seen)
 
 
 def test_no_log_prob_changes_at_a_learning_rate_of_0():
     """θ ← θ − 0 · ∇L: after epochs of minibatches each ratio is still 1, nothing was clipped."""
     policy, reference = tiny_policy(0), tiny_gpt(1)
     experience, config = experience_of(policy, reference, ppo_epochs=3, minibatch_size=5)
-    before = copy.deepcopy(policy.state_dict())
-    metrics = ppo_update(policy, rlhf.make_optimizer(policy, 0.0), experience, config)
-    assert all(torch.equal(before[k], v) for k, v in policy.state_dict().items())
+    learner = copy.deepcopy(policy)
+    metrics = ppo_update(learner, rlhf.make_optimizer(learner, 0.0), experience, config)
+    assert same(learner, policy)
     assert abs(metrics["approx_kl"]) < 1e-12 and metrics["clip_fraction"] == 0
     assert metrics["updates"] == 9 and metrics["early_stop"] is False  # 3 epochs of 5 + 5 + 2 rows
 
@@ -1074,114 +948,100 @@ def test_no_log_prob_changes_at_a_learning_rate_of_0():
 def test_no_row_reads_differently_when_it_is_padded_by_0_3_or_7():
     """Right-padding and causal attention: what stands behind a row cannot reach it."""
     policy = tiny_policy(0, context=16)
-    w = World([(3, 2, 1)], 4, 2).as_rollout()
-    T = w.actions.shape[1]
-    logits, values = rlhf.forward_responses(policy, w, 1.0)
-    for padding in (0, 3, 7):
-        wider = dataclasses.replace(w, tokens=F.pad(w.tokens, (0, padding), value=1),
-                                    actions=F.pad(w.actions, (0, padding)),
-                                    mask=F.pad(w.mask, (0, padding)))
-        more_logits, more_values = rlhf.forward_responses(policy, wider, 1.0)
-        close(more_logits[:, :T][w.mask], logits[w.mask], 1e-12)
-        close(more_values[:, :T][w.mask], values[w.mask], 1e-12)
+    torch.nn.init.ones_(policy.value_head.weight)
+    rows, lengths = torch.tensor([[3, 2, 1, 0], [3, 0, 2, 0]]), torch.tensor([4, 3])
+    steps = torch.tensor([[False, True, True, True], [True, False, True, False]])
+    logits, values = (torch.cat([x[:1, 1:].flatten(0, 1), x[1:, 0], x[1:, 2]])
+                      for x in policy(rows))
+    for padding, token in itertools.product((0, 3, 7), range(4)):
+        padded = F.pad(rows, (0, padding), value=token), F.pad(steps, (0, padding))
+        for known in (None, lengths):  # the padding is computed and hidden, or not computed
+            more_logits, more_values = policy(*padded, known)
+            close(more_logits, logits, 1e-12)
+            close(more_values, values, 1e-12)
+    assert (policy.gpt.hidden(padded[0], lengths=lengths)[1, 3:] == 0).all()
 
 
-def everything(x, garbage=None):
-    """Each function of (B, T) tensors and its gradient, with `garbage` in the padding."""
+def arguments(dtype=torch.float32):
+    """Random arguments for every function of (B, T) tensors."""
     names = ("log_probs", "old", "ref", "rewards", "values", "old_values", "returns", "advantages")
-    signs = dict(zip(names, (1, -1, -1, 1, 1, 1, -1, 1)))  # so that differences are garbage too
-    tensors = {name: x[name].clone() if garbage is None else
-               x[name].where(x["mask"], signs[name] * garbage) for name in names}
-    logits = (x["logits"].clone() if garbage is None else
-              x["logits"].where(x["mask"][..., None], garbage * torch.tensor([1.0, -1.0, 0.0])))
-    actions = x["actions"] if garbage is None else x["actions"].where(x["mask"], 2)
-    for name in ("log_probs", "values"):
-        tensors[name].requires_grad_()
-    logits.requires_grad_()
-    t, mask = SimpleNamespace(**tensors), x["mask"]
+    x = {name: normal(6, 5, seed=i).to(dtype) for i, name in enumerate(names)}
+    return x | {"logits": normal(6, 5, 3, seed=8).to(dtype), "scores": normal(6).to(dtype),
+                "actions": torch.randint(3, (6, 5), generator=draws()),
+                "mask": torch.arange(5) < torch.tensor([5, 1, 3, 4, 2, 5])[:, None]}
+
+
+def soiled(x, garbage):
+    """The same with garbage in the padding, of either sign, so that differences are garbage too."""
+    mask, signs = x["mask"], torch.tensor([1.0, -1.0, 0.0])
+    dirty = {name: v.where(mask, -garbage if name in ("old", "ref", "returns") else garbage)
+             for name, v in x.items() if v.shape == mask.shape and v.is_floating_point()}
+    return x | dirty | {"logits": x["logits"].where(mask[..., None], garbage * signs),
+                        "actions": x["actions"].where(mask, 2)}
+
+
+def everything(x):
+    """Each function of (B, T) tensors, and its gradients."""
+    leaves = {name: x[name].clone().requires_grad_() for name in ("log_probs", "values", "logits")}
+    t, mask = SimpleNamespace(**x | leaves), x["mask"]
+    k1, k3 = kl_estimates(t.log_probs, t.ref, mask)
     results = {
         "rewards": kl_penalized_rewards(x["scores"], t.log_probs, t.ref, mask, 0.3),
-        "to_go": rewards_to_go(t.rewards, mask, 0.9),
-        "gae": gae(t.rewards, t.values, mask, 0.9, 0.8), "whiten": whiten(t.advantages, mask),
+        "to_go": rewards_to_go(t.rewards, mask, 0.9), "whiten": whiten(t.advantages, mask),
+        "gae": gae(t.rewards, t.values, mask, 0.9, 0.8), "mean": masked_mean(t.rewards, mask),
         "policy_gradient": policy_gradient_loss(t.log_probs, t.advantages, mask),
-        "ppo": ppo_policy_loss(t.log_probs, t.old, t.advantages, mask),
+        "ppo": ppo_policy_loss(t.log_probs, t.old, t.advantages, mask), "k1": k1, "k3": k3,
         "value": value_loss(t.values, t.old_values, t.returns, mask),
-        "entropy": entropy(logits, mask), "mean": masked_mean(t.rewards, mask),
-        "k1": kl_estimates(t.log_probs, t.ref, mask)[0],
-        "k3": kl_estimates(t.log_probs, t.ref, mask)[1],
-        "gathered": gather_log_probs(logits, actions).where(mask, 0)}
-    for name in list(results):
-        leaves = [leaf for leaf in (t.log_probs, t.values, logits)]
-        if results[name].requires_grad:
-            grads = torch.autograd.grad(results[name].sum(), leaves, retain_graph=True,
-                                        allow_unused=True, materialize_grads=True)
-            results |= {f"{name} gradient {i}": g for i, g in enumerate(grads)}
-    return {name: value.detach() for name, value in results.items()}
+        "entropy": entropy(t.logits, mask),
+        "gathered": gather_log_probs(t.logits, t.actions).where(mask, 0)}
+    gradients = {
+        (name, leaf): grad for name, y in results.items() if y.requires_grad
+        for leaf, grad in zip(leaves, torch.autograd.grad(
+            y.sum(), [*leaves.values()], retain_graph=True, allow_unused=True,
+            materialize_grads=True))}
+    return {name: value.detach() for name, value in (results | gradients).items()}
 
 
 @pytest.mark.parametrize("garbage", [7.0, 1e4, -1e4, 3e38, -3e38])
 def test_no_finite_garbage_in_the_padding_changes_an_output_bit(garbage):
     """m_t = 0 ⇒ no influence. Multiplying by the mask would not do: exp(1e4) · 0 = NaN."""
-    generator = torch.Generator().manual_seed(0)
-    x = {name: torch.randn(6, 5, generator=generator) for name in (
-        "log_probs", "old", "ref", "rewards", "values", "old_values", "returns", "advantages")}
-    x |= {"logits": torch.randn(6, 5, 3, generator=generator),
-          "mask": torch.arange(5) < torch.tensor([5, 1, 3, 4, 2, 5])[:, None],
-          "actions": torch.randint(3, (6, 5), generator=generator),
-          "scores": torch.randn(6, generator=generator)}
-    clean, dirty = everything(x), everything(x, torch.tensor(garbage))
+    x = arguments()
+    clean, dirty = everything(x), everything(soiled(x, garbage))
     for name, value in clean.items():
         assert torch.equal(value, dirty[name]), name
-        if value.shape == x["mask"].shape:
+        if value.shape[:2] == x["mask"].shape:
             assert not dirty[name][~x["mask"]].any(), name  # 0 after the end
-        elif value.shape == x["logits"].shape:
-            assert not dirty[name][~x["mask"]].any(), name
 
 
 def test_no_garbage_token_behind_a_row_changes_an_output_bit():
     """Ids in the padding are read by no valid position, whatever they are."""
-    policy, reference = tiny_policy(0), tiny_gpt(1)
-    experience, config = experience_of(policy, reference)
-    used = experience.prompt_lengths + experience.mask.sum(1)
-    behind = torch.arange(experience.tokens.shape[1]) >= used[:, None]
+    policy = tiny_policy(0)
+    e, config = experience_of(policy, tiny_gpt(1))
+    behind = torch.arange(e.tokens.shape[1]) >= (e.prompt_lengths + e.mask.sum(1))[:, None]
     assert behind.any()
     dirty = dataclasses.replace(
-        experience, tokens=experience.tokens.where(~behind, 2),
-        actions=experience.actions.where(experience.mask, 1),
-        **{name: getattr(experience, name).where(experience.mask, 1e30) for name in (
+        e, tokens=e.tokens.where(~behind, 2), actions=e.actions.where(e.mask, 1),
+        **{name: getattr(e, name).where(e.mask, 1e30) for name in (
             "log_probs", "ref_log_probs", "values", "rewards", "advantages", "returns")})
-    after = []
-    for batch in (experience, dirty):
-        learner = copy.deepcopy(policy)
-        metrics = ppo_update(learner, sgd(learner, 0.1), batch, config,
-                             torch.Generator().manual_seed(0))
-        after.append((metrics, learner.state_dict()))
-    assert after[0][0] == after[1][0]
-    assert all(torch.equal(v, after[1][1][k]) for k, v in after[0][1].items())
+    (a, metrics), (b, dirty_metrics) = (updated(policy, batch, config) for batch in (e, dirty))
+    assert metrics == dirty_metrics and same(a, b)
 
 
 def test_no_score_lands_on_padding_of_short_cut_and_one_token_responses():
     """r_t = −β (log π − log π_ref)_t + [t is the last valid step] r(x, y)."""
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
-    scores = torch.tensor([5.0, -7.0, 11.0], dtype=torch.float64)
     ones = torch.ones(3, 4, dtype=torch.float64)
-    rewards = kl_penalized_rewards(scores, -ones, -2 * ones, mask, 0.1)
-    close(rewards, torch.tensor([[-0.1, 4.9, 0, 0], [-0.1, -0.1, -0.1, -7.1], [10.9, 0, 0, 0]],
-                                dtype=torch.float64))
+    close(kl_penalized_rewards(f64([5.0, -7.0, 11.0]), -ones, -2 * ones, mask, 0.1),
+          [[-0.1, 4.9, 0, 0], [-0.1, -0.1, -0.1, -7.1], [10.9, 0, 0, 0]])
 
 
 def test_no_end_token_is_without_a_gradient():
     """a_T = end is an action like any other: when it is the pad token too, others mask it away."""
-    policy, reference = tiny_policy(0), tiny_gpt(1)
-    experience, _ = experience_of(policy, reference, seed=3, max_new_tokens=3)
-    ended = rlhf.ends(experience, 3)
-    assert ended.any() and not ended.all()
-    log_probs = experience.log_probs.clone().requires_grad_()
-    ppo_policy_loss(log_probs, experience.log_probs, experience.advantages,
-                    experience.mask).backward()
-    at_end = (experience.actions == 3) & experience.mask
-    assert torch.equal(at_end.sum(1) == 1, ended) and (log_probs.grad[at_end] != 0).all()
-    assert not log_probs.grad[~experience.mask].any()
+    e, _ = experience_of(tiny_policy(0), tiny_gpt(1), seed=3, max_new_tokens=3)
+    at_end, log_probs = (e.actions == 3) & e.mask, e.log_probs.clone().requires_grad_()
+    assert 0 < at_end.sum() < 12 and torch.equal(at_end.any(1), rlhf.ends(e, 3))
+    ppo_policy_loss(log_probs, e.log_probs, e.advantages, e.mask).backward()
+    assert (log_probs.grad[at_end] != 0).all() and not log_probs.grad[~e.mask].any()
 
 
 def test_no_difference_between_accumulated_gradients_and_one_big_batch():
@@ -1193,70 +1053,60 @@ def test_no_difference_between_accumulated_gradients_and_one_big_batch():
     def gradient(part):
         leaf = new.clone().requires_grad_()
         ppo_policy_loss(leaf[part], old[part], A[part], w.mask[part]).backward()
-        return leaf.grad
+        return leaf.grad * w.mask[part].sum()
 
-    parts = rows.split(17)
-    share = [w.mask[part].sum().double() / w.mask.sum() for part in parts]
-    close(sum(s * gradient(part) for s, part in zip(share, parts)), gradient(rows))
+    close(sum(map(gradient, rows.split(17))), gradient(rows))
     equal = [policy_gradient_loss(new[part], A[part], w.mask[part]) for part in rows.split(20)]
     close(sum(equal) / 4, policy_gradient_loss(new, A, w.mask))  # a mean over trajectories
 
 
-def test_no_experience_depends_on_the_size_of_the_passes_that_collect_it():
-    """π_old, π_ref and V are per row: read 12 rows at once, or 5, they are the same."""
-    policy, reference = tiny_policy(0), tiny_gpt(1)
-    whole, _ = experience_of(policy, reference)
-    parts, _ = experience_of(policy, reference, minibatch_size=5)
-    for field in dataclasses.fields(whole):
-        if field.name != "rollout_seconds":
-            close(getattr(parts, field.name), getattr(whole, field.name), 1e-12)
-
-
-def test_no_gradient_is_left_behind_by_an_early_stop(monkeypatch):
-    """k3(π_old, π) > limit ends the update before backward; a left-over gradient would be added
-    to the next update's."""
-    policy, reference = tiny_policy(0), tiny_gpt(1)
-    experience, config = experience_of(policy, reference, ppo_epochs=4, minibatch_size=4,
+def test_no_gradient_is_left_behind_by_an_early_stop():
+    """k3(π_old, π) > limit ends the update before backward: no gradient waits for the next one."""
+    policy = tiny_policy(0)
+    experience, config = experience_of(policy, tiny_gpt(1), ppo_epochs=4, minibatch_size=4,
                                        early_stop_kl=1e-9)
-    optimizer, seen, take = sgd(policy, 0.1), [], Experience.take
-    monkeypatch.setattr(Experience, "take", lambda *a: seen.append(1) or take(*a))
-    metrics = ppo_update(policy, optimizer, experience, config)
-    assert metrics["early_stop"] is True and metrics["updates"] == 1 and len(seen) == 2
+    optimizer = sgd(policy, 0.1)
+    metrics = ppo_update(policy, optimizer, experience, config, draws())
+    assert metrics["early_stop"] is True and metrics["updates"] == 1
     assert all(p.grad is None or not p.grad.any() for p in policy.parameters())
-    left = copy.deepcopy(policy)
-    following = ppo_update(policy, optimizer, experience, config, torch.Generator().manual_seed(1))
-    again = ppo_update(left, sgd(left, 0.1), experience, config, torch.Generator().manual_seed(1))
-    assert following == again and following["updates"] == 0 and following["early_stop"] is True
+    assert ppo_update(policy, optimizer, experience, config, draws())["updates"] == 0
+    config = dataclasses.replace(config, early_stop_kl=None)
+    other, expected = updated(policy, experience, config)  # by an optimizer that saw nothing else
+    assert ppo_update(policy, optimizer, experience, config, draws()) == expected
+    assert same(policy, other)
 
 
-def test_no_early_stop_below_its_limit():
-    """k3 <= limit goes on; None never stops."""
+def test_no_epoch_follows_an_early_stop_and_no_stop_comes_below_the_limit():
+    """The first minibatch with k3 > limit ends all epochs; k3 <= limit goes on, None always."""
+    policy = tiny_policy(0)
+    experience, config = experience_of(policy, tiny_gpt(1), minibatch_size=1, early_stop_kl=1e-5)
+    stopped = 0
+    for seed in range(8):
+        one, metrics = updated(policy, experience, config, 0.05, seed)
+        if metrics["early_stop"]:
+            four, same_metrics = updated(policy, experience, dataclasses.replace(
+                config, ppo_epochs=4), 0.05, seed)
+            assert same(one, four) and metrics == same_metrics
+            stopped += 1
+    assert stopped >= 4
     for limit in (1e3, None):
-        policy = tiny_policy(0)
-        experience, config = experience_of(policy, tiny_gpt(1), ppo_epochs=4, minibatch_size=4,
-                                           early_stop_kl=limit)
-        metrics = ppo_update(policy, sgd(policy, 0.05), experience, config)
+        config = dataclasses.replace(config, ppo_epochs=4, early_stop_kl=limit, minibatch_size=4)
+        _, metrics = updated(policy, experience, config, 0.05)
         assert metrics["updates"] == 12 and not metrics["early_stop"] and metrics["approx_kl"] > 0
 
 
 def test_no_value_of_s0_is_read_behind_the_last_prompt_token():
     """V(s_0) is the value of the prompt alone, at position P−1: it cannot know a_0."""
-    policy, reference = tiny_policy(0), tiny_gpt(1)
-    experience, _ = experience_of(policy, reference)
-    for b, prompt in enumerate(RAGGED * 6):
-        _, values = policy(torch.tensor([prompt]))
-        close(experience.values[b, 0], values[0, -1].detach())
-        for t in range(int(experience.mask[b].sum())):
-            state = torch.tensor([list(prompt) + experience.actions[b, :t].tolist()])
-            close(experience.values[b, t], policy(state)[1][0, -1].detach())
-    assert experience.values[:, 0].unique().numel() <= 4  # two prompts, two values (up to rounding)
+    policy = tiny_policy(0)
+    e, _ = experience_of(policy, tiny_gpt(1))
+    close(e.values[:, 0], torch.stack([V(policy, prompt) for prompt in RAGGED * 6]))
+    assert len(set(e.actions[::2, 0].tolist())) > 1  # other first tokens, the same value
 
 
 def test_no_value_but_0_before_training():
     """V_θ(s) = 0 before training, and the trunk is a copy: training leaves the reference alone."""
     gpt = tiny_gpt(0)
-    policy = ActorCritic(gpt)
-    tokens = torch.tensor([[3, 1, 2]])
+    policy, tokens = ActorCritic(gpt), torch.tensor([[3, 1, 2]])
     logits, values = policy(tokens)
     assert not values.any() and values.shape == (1, 3) and values.dtype == torch.float64
     assert torch.equal(logits, gpt(tokens))
@@ -1265,159 +1115,118 @@ def test_no_value_but_0_before_training():
 
 def test_no_float64_falls_back_to_float32():
     """Every function returns the dtype it was given, and half precision only widens."""
-    x = {name: torch.randn(2, 3, dtype=torch.float64) for name in (
-        "log_probs", "old", "ref", "rewards", "values", "old_values", "returns", "advantages")}
-    x |= {"logits": torch.randn(2, 3, 3, dtype=torch.float64), "mask": torch.ones(2, 3).bool(),
-          "actions": torch.zeros(2, 3).long(), "scores": torch.randn(2, dtype=torch.float64)}
+    x = arguments(torch.float64)
     assert {value.dtype for value in everything(x).values()} == {torch.float64}
     assert reward_model_loss(x["scores"], x["scores"]).dtype == torch.float64
-    experience, config = experience_of(tiny_policy(0), tiny_gpt(1))
-    assert {v.dtype for v in vars(experience).values() if torch.is_tensor(v)} == {
-        torch.float64, torch.int64, torch.bool}
-    assert experience.scores.dtype == experience.returns.dtype == torch.float64
+    e, _ = experience_of(tiny_policy(0), tiny_gpt(1))
+    for name in "log_probs ref_log_probs values scores rewards advantages returns".split():
+        assert getattr(e, name).dtype == torch.float64, name
 
 
-def test_no_loss_is_computed_in_bf16_under_autocast():
+def test_no_loss_is_computed_in_bf16_under_autocast(monkeypatch):
     """log-softmax and losses are float32 even where logits are bf16: 8 bits lose small ratios."""
-    policy = tiny_policy(0, width=16, std=0.1).float()
-    experience, config = experience_of(policy, tiny_gpt(1).float())
-    exact, _ = rlhf.forward_responses(policy, experience, 1.0)
+    wide, one = normal(1, 5, 4).bfloat16(), torch.ones(1, 5).long()
+    for got, exact in ((gather_log_probs(wide, one), gather_log_probs(wide.float(), one)),
+                       (entropy(wide, one), entropy(wide.float(), one))):
+        assert got.dtype == torch.float32 and torch.equal(got, exact)
+    policy, seen = tiny_policy(0, width=16, std=0.1).float(), []
+    for name in ("ppo_policy_loss", "value_loss", "entropy"):
+        monkeypatch.setattr(rlhf, name, lambda *a, loss=getattr(rlhf, name): seen.append(
+            loss(*a)) or seen[-1])
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = policy(experience.tokens)[0]
-        assert hidden.dtype == torch.bfloat16
-        log_probs = gather_log_probs(hidden, experience.tokens)
-        H = entropy(hidden, torch.ones_like(experience.tokens))
-        logits, values = rlhf.forward_responses(policy, experience, 1.0)
-        new = gather_log_probs(logits, experience.actions)
-        losses = [ppo_policy_loss(new, experience.log_probs, experience.advantages,
-                                  experience.mask),
-                  value_loss(values, experience.values, experience.returns, experience.mask),
-                  entropy(logits, experience.mask), log_probs, H, logits, values, new]
+        assert policy(torch.tensor([[3, 1]]))[0].dtype == torch.bfloat16
+        e, config = experience_of(policy, tiny_gpt(1).float())
+        _, metrics = updated(policy, e, config)
         r = rollout(policy, [[3]], 3, 3)
-    assert {x.dtype for x in losses} == {torch.float32} and r.log_probs.dtype == torch.float32
-    wide = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).bfloat16()[None]
-    assert torch.equal(gather_log_probs(wide, torch.ones(1, 5).long()),
-                       gather_log_probs(wide.float(), torch.ones(1, 5).long()))
-    assert torch.equal(entropy(wide, torch.ones(1, 5)), entropy(wide.float(), torch.ones(1, 5)))
+    assert len(seen) >= 3 and {x.dtype for x in seen} == {torch.float32}
+    assert {x.dtype for x in (e.log_probs, e.ref_log_probs, e.values, e.rewards, e.returns,
+                              r.log_probs)} == {torch.float32}
 
 
 def test_no_step_of_the_derivation_is_missing_in_collect():
     """log π, log π_ref and V along τ ~ π; r_t; A_t by GAE; R_t = A_t + V(s_t), not whitened."""
     policy, reference = tiny_policy(0), tiny_gpt(1)
-    e, config = experience_of(policy, reference, temperature=0.8, gamma=0.9, lam=0.7)
+    settings = dict(temperature=0.8, gamma=0.9, lam=0.7)
+    e, config = experience_of(policy, reference, **settings)
     for b, prompt in enumerate(RAGGED * 6):
         for t in range(int(e.mask[b].sum())):
             state, a = list(prompt) + e.actions[b, :t].tolist(), e.actions[b, t]
-            close(e.log_probs[b, t], log_pi(policy, state, 0.8)[a].detach())
-            close(e.ref_log_probs[b, t], log_pi(reference, state, 0.8)[a].detach())
+            close(e.log_probs[b, t], log_pi(policy, state, 0.8)[a])
+            close(e.ref_log_probs[b, t], log_pi(reference, state, 0.8)[a])
+            close(e.values[b, t], V(policy, state))
     close(e.scores, score_rollout(e).double())
     close(e.rewards, kl_penalized_rewards(e.scores, e.log_probs, e.ref_log_probs, e.mask, 0.3))
     close(e.advantages, gae(e.rewards, e.values, e.mask, 0.9, 0.7))
     close(e.returns, e.advantages + e.values)
-    for x in (e.log_probs, e.ref_log_probs, e.values, e.rewards, e.advantages, e.returns):
-        assert not x[~e.mask].any() and not x.requires_grad
-    assert e.rollout_seconds > 0
+    parts, _ = experience_of(policy, reference, minibatch_size=5, **settings)  # in smaller passes
+    for name in "log_probs ref_log_probs values scores rewards advantages returns".split():
+        x = getattr(e, name)
+        assert not x.requires_grad and (x.dim() == 1 or not x[~e.mask].any()), name
+        close(getattr(parts, name), x, 1e-12)
 
 
 def test_no_cut_response_gets_the_score_of_one_that_ended():
     """r(x, y) of a response without an end token: missing_eos_score, or reward_fn's if None."""
-    policy, reference = tiny_policy(0), tiny_gpt(1)
-    own, _ = experience_of(policy, reference, seed=3, max_new_tokens=3)
-    fixed, _ = experience_of(policy, reference, seed=3, max_new_tokens=3,
-                             missing_eos_score=-3.0)
+    (own, _), (fixed, _) = [experience_of(
+        tiny_policy(0), tiny_gpt(1), seed=3, max_new_tokens=3, missing_eos_score=score)
+        for score in (None, -3.0)]
     ended = rlhf.ends(own, 3)
-    assert ended.any() and not ended.all()
+    assert ended.any() and not ended.all() and (own.scores[~ended] != -3).all()
     close(fixed.scores, own.scores.where(ended, -3.0))
-    assert (own.scores[~ended] != -3).all()
 
 
-def written_out_loss(policy, e, c):
-    """L = −L_clip + c1 L_VF − c2 H, token by token, and the metrics, in the plainest way."""
+def written_out(policy, e, c):
+    """L = −L_clip + c1 L_VF − c2 H and its metrics for each token, (tokens, 6), and their rows."""
     valid = [(b, t) for b in range(len(e.mask)) for t in range(int(e.mask[b].sum()))]
-    A = torch.stack([e.advantages[b, t] for b, t in valid])
+    A, parts = torch.stack([e.advantages[b, t] for b, t in valid]), []
     A = (A - A.mean()) / A.std(correction=0)  # whitened over all valid tokens of the batch
-    parts = []
     for a, (b, t) in zip(A, valid):
-        state = e.tokens[b, :e.prompt_lengths[b] + t][None]
-        logits, values = policy(state)
-        log_p = F.log_softmax(logits[0, -1] / c.temperature, -1)
+        state = e.tokens[b, :e.prompt_lengths[b] + t].tolist()
+        log_p, value = log_pi(policy, state, c.temperature), V(policy, state)
         ratio = (log_p[e.actions[b, t]] - e.log_probs[b, t]).exp()
-        clipped = ratio.detach().clamp(1 - c.clip, 1 + c.clip)
-        inside = bool(clipped == ratio)
-        policy_loss = -torch.minimum(ratio * a, (ratio if inside else clipped) * a)
-        V, old, R = values[0, -1], e.values[b, t], e.returns[b, t]
-        value = 0.5 * torch.maximum((V - R)**2, (V.clamp(old - c.value_clip, old + c.value_clip)
-                                                 - R)**2)
-        parts.append(torch.stack([policy_loss, value, -(log_p.exp() * log_p).sum(),
-                                  ratio - 1 - ratio.log(), torch.tensor(float(not inside))]))
-    policy_loss, value, H, k3, clip_fraction = torch.stack(parts).mean(0)
-    return (policy_loss + c.value_coef * value - c.entropy_coef * H,
-            {"policy_loss": policy_loss, "value_loss": value, "entropy": H, "approx_kl": k3,
-             "clip_fraction": clip_fraction})
+        clipped = ratio if abs(ratio - 1) <= c.clip else 1 + c.clip * torch.sign(ratio - 1).detach()
+        old, R = e.values[b, t], e.returns[b, t]
+        near = old + (value - old).clamp(-c.value_clip, c.value_clip)
+        parts.append(torch.stack([-torch.minimum(ratio * a, clipped * a),
+                                  0.5 * torch.maximum((value - R)**2, (near - R)**2),
+                                  -(log_p.exp() * log_p).sum(), ratio - 1 - ratio.log(),
+                                  (abs(ratio - 1) > c.clip).double()]))
+    parts = torch.stack(parts)
+    loss = parts[:, 0] + c.value_coef * parts[:, 1] - c.entropy_coef * parts[:, 2]
+    return torch.cat([loss[:, None], parts], 1), torch.tensor([b for b, t in valid])
 
 
-@pytest.mark.parametrize("entropy_coef", [0.0, 0.2])
-def test_no_sign_or_coefficient_of_the_whole_loss_is_wrong(entropy_coef):
-    """L = −L_clip + c1 L_VF − c2 H (PPO eq. 9, turned to a loss): one step of gradient descent."""
-    policy, reference = tiny_policy(0), tiny_gpt(1)
-    e, config = experience_of(policy, reference, temperature=0.8, value_coef=0.7, clip=0.1,
+@pytest.mark.parametrize("entropy_coef, minibatch_size, epochs",
+                         [(0.0, 12, 1), (0.2, 12, 1), (0.2, 1, 3)])
+def test_no_sign_coefficient_or_trajectory_of_the_whole_loss_is_wrong(entropy_coef, minibatch_size,
+                                                                     epochs):
+    """∇L of L = −L_clip + c1 L_VF − c2 H (PPO eq. 9, turned to a loss), at a step size of 0.
+
+    In minibatches of one trajectory, each epoch's gradients are those of all the trajectories.
+    """
+    policy, generator, steps = tiny_policy(0), draws(7), []
+    e, config = experience_of(policy, tiny_gpt(1), temperature=0.8, value_coef=0.7, clip=0.1,
                               entropy_coef=entropy_coef, max_grad_norm=1e9, early_stop_kl=None,
-                              value_clip=0.3)
-    generator = torch.Generator().manual_seed(7)
+                              value_clip=0.3, minibatch_size=minibatch_size, ppo_epochs=epochs)
     with torch.no_grad():  # away from π_old, so that ratios differ from 1 and clipping acts
         for p in policy.parameters():
             p.add_(0.06 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    loss, expected = written_out_loss(policy, e, config)
-    gradient, before = flat_grad(loss, policy), copy.deepcopy(policy)
-    metrics = ppo_update(policy, sgd(policy, 0.5), e, config)
-    step = torch.cat([(b - a).flatten() for a, b in zip(before.parameters(), policy.parameters())])
-    close(step.detach(), -0.5 * gradient, 1e-6)  # whitening's 1e-8 under the root shows
-    for name, value in expected.items():
-        assert metrics[name] == pytest.approx(value.item(), abs=1e-6), name
-    assert metrics["grad_norm"] == pytest.approx(float(gradient.norm()), rel=1e-6)
-    assert 0.05 < metrics["clip_fraction"] < 0.95 and metrics["updates"] == 1
-
-
-def test_no_epoch_skips_a_trajectory_or_keeps_the_order(monkeypatch):
-    """K epochs, each over every trajectory once, in a random order from the generator."""
-    policy = tiny_policy(0)
-    e, config = experience_of(policy, tiny_gpt(1), ppo_epochs=3, minibatch_size=5,
-                              early_stop_kl=None)
-    e, taken = dataclasses.replace(e, scores=torch.arange(12.0)), []
-    take = Experience.take
-    monkeypatch.setattr(Experience, "take", lambda self, rows: taken.append(rows.tolist())
-                        or take(self, rows))
-    losses, loss = [], rlhf.value_loss
-    monkeypatch.setattr(rlhf, "value_loss", lambda *a: losses.append(loss(*a)) or losses[-1])
-    metrics = ppo_update(policy, sgd(policy, 0.0), e, config, torch.Generator().manual_seed(0))
-    assert metrics["value_loss"] == pytest.approx(sum(x.item() for x in losses) / 9)
-    epochs = [sum(taken[i:i + 3], []) for i in (0, 3, 6)]
-    assert [len(rows) for rows in taken] == [5, 5, 2] * 3
-    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs} | {tuple(range(12))}) == 4
-
-
-def test_no_minibatch_loses_a_token_when_it_is_trimmed():
-    """take(rows): those rows of every tensor, and of the columns only what they use."""
-    e, _ = experience_of(tiny_policy(0), tiny_gpt(1), seed=3, max_new_tokens=3)
-    lengths = e.mask.sum(1)
-    short = (lengths < lengths.max()).nonzero().flatten()[[1, 0, 2]]
-    part, T = e.take(short), int(lengths[short].max())
-    used = int((e.prompt_lengths + lengths)[short].max())
-    assert T < e.mask.shape[1] and part.tokens.shape == (3, used)
-    assert torch.equal(part.tokens, e.tokens[short][:, :used])
-    for name in ("prompt_lengths", "scores"):
-        assert torch.equal(getattr(part, name), getattr(e, name)[short])
-    for name in ("actions", "mask", "log_probs", "ref_log_probs", "values", "rewards",
-                 "advantages", "returns"):
-        assert torch.equal(getattr(part, name), getattr(e, name)[short][:, :T]), name
-
-
-def test_no_position_runs_past_the_end_of_a_row():
-    """P−1+t, held at the last column where a short row's padding would go beyond it."""
-    tokens = torch.zeros(2, 6, dtype=torch.long)
-    got = rlhf.response_positions(torch.tensor([2, 5]), tokens, 4)
-    assert got.tolist() == [[1, 2, 3, 4], [4, 5, 5, 5]]
+    parts, row = written_out(policy, e, config)
+    batches = [row == b for b in range(12)] if minibatch_size == 1 else [row >= 0]
+    means = torch.stack([parts[batch].mean(0) for batch in batches])
+    gradients = torch.stack([flat_grad(mean[0], policy) for mean in means])
+    optimizer = sgd(policy, 0.0)
+    optimizer.register_step_pre_hook(lambda *_: steps.append(
+        torch.cat([p.grad.flatten() for p in policy.parameters()])))
+    metrics = ppo_update(policy, optimizer, e, config, draws())
+    assert epochs == 1 or not torch.equal(steps[0], steps[12])  # each in an order of its own
+    for epoch in torch.stack(steps).view(epochs, len(batches), -1):
+        close(epoch.sum(0), gradients.sum(0), 2e-6)  # whitening's 1e-8 under the root shows
+    for name, value in zip("policy_loss value_loss entropy approx_kl clip_fraction".split(),
+                           means.mean(0)[1:].tolist()):
+        assert metrics[name] == pytest.approx(value, abs=1e-6), name
+    assert metrics["grad_norm"] == pytest.approx(float(gradients.norm(dim=1).mean()), rel=1e-6)
+    assert 0.05 < metrics["clip_fraction"] < 0.95 and metrics["updates"] == epochs * len(batches)
 
 
 def test_no_metric_of_a_batch_reads_padding():
@@ -1432,99 +1241,150 @@ def test_no_metric_of_a_batch_reads_padding():
         "explained_variance": 1 - (returns - values).var() / returns.var(),
         "length": m.sum(1).mean(), "ended": ((e.actions.numpy() == 3) & m).any(1).mean()},
         abs=1e-6)
-    same = dataclasses.replace(e, returns=torch.ones_like(e.returns))
-    assert math.isfinite(rlhf.experience_metrics(same, 3)["explained_variance"])
+    level = dataclasses.replace(e, returns=torch.ones_like(e.returns))
+    assert math.isfinite(rlhf.experience_metrics(level, 3)["explained_variance"])
 
 
-def test_no_other_schedule_than_a_line_to_0():
-    """The learning rate falls linearly to 0, after a linear warm-up if there is one."""
-    policy = tiny_policy(0)
-    optimizer = rlhf.make_optimizer(policy, 0.25)
-    group, = optimizer.param_groups
-    assert isinstance(optimizer, torch.optim.Adam) and group["lr"] == 0.25
+# =================================================================================================
+# The program: the loops
+# =================================================================================================
 
-    def schedule(steps, warmup):
-        rates = []
-        for step in range(steps):
-            rlhf.set_learning_rate(optimizer, 8.0, step, steps, warmup)
-            rates.append(group["lr"])
-        return rates
-
-    assert schedule(4, 0) == [8, 6, 4, 2]
-    assert schedule(6, 3) == pytest.approx([2, 4, 6, 8, 16 / 3, 8 / 3])
-    assert schedule(1, 1) == pytest.approx([4]) and schedule(2, 0) == [8, 4]
-    rlhf.set_learning_rate(optimizer, 8.0, 1, 4)
-    assert group["lr"] == 6  # no warm-up unless it is asked for
+def warmed_up(peak, steps, warmup):
+    """Linear from 0 to the peak in `warmup` steps, then linear to 0 at `steps`."""
+    return [peak * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
+            for step in range(steps)]
 
 
-def test_no_gradient_is_longer_than_its_limit():
-    """g ← g · min(1, c / ‖g‖), the norm over all parameters together; short ones stay."""
-    for limit, factor in ((0.5, 0.1), (100.0, 1.0)):
-        model = torch.nn.Linear(2, 1)
-        torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
-        loss = 3 * model.weight[0, 0] + 4 * model.bias[0]  # a gradient of length 5
-        norm = rlhf.optimizer_step(loss, model, sgd(model, 1.0), limit, "here")
-        assert norm == pytest.approx(5.0)
-        assert model.weight[0, 0].item() == pytest.approx(-3 * factor, rel=1e-4)
-        assert model.bias.item() == pytest.approx(-4 * factor, rel=1e-4)
+def language_model_stage(**settings):
+    """(a GPT, train(model, state=…, on_step=…)): documents that repeat a token."""
+    draw = random.Random(0)
+    documents = [[5] + [draw.randrange(5)] * draw.randrange(1, 6) + [5] for _ in range(30)]
+    config = Config(**dict(lm_epochs=18, lm_batch_size=8, lm_lr=3e-2, max_new_tokens=4,
+                           block_size=12) | settings)
+    return tiny_gpt(0, vocab=6, width=8, std=0.1).float(), functools.partial(
+        rlhf.train_language_model, documents=documents, config=config)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_no_loss_that_is_not_finite_reaches_the_weights(bad):
-    """L = NaN or ∞ stops by name, before the optimizer: the last good weights stay."""
-    model = torch.nn.Linear(2, 1)
-    before = copy.deepcopy(model.state_dict())
-    for loss in (model.weight.sum() * bad, model.weight.sum() + bad):
-        with pytest.raises(FloatingPointError, match="^here: loss (nan|inf|-inf), gradient norm"):
-            rlhf.optimizer_step(loss, model, sgd(model, 1.0), 1.0, "here")
-        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-        assert all(p.grad is None for p in model.parameters())
+def reward_model_stage(**settings):
+    """(a reward model, train): pairs in which the chosen side has two 1s more."""
+    gpt, draw, pairs = tiny_gpt(std=0.1, width=16).float(), random.Random(0), []
+    for _ in range(48):
+        low, high = [[draw.choice([0, 2]) for _ in range(4)] for _ in "ab"]
+        for i in draw.sample(range(4), 2):
+            high[i] = 1
+        pairs.append(([3] + [draw.randrange(3)] * draw.randrange(3), high + [3],
+                      low[:draw.randrange(2, 5)] + [3]))
+    config = Config(**dict(rm_epochs=2, rm_batch_size=8, rm_lr=1e-2, max_new_tokens=5,
+                           block_size=12, ppo_batch_size=32, minibatch_size=8) | settings)
+    return RewardModel(gpt, draws()), functools.partial(
+        rlhf.train_reward_model, pairs=pairs, reference=gpt, prompts=[x for x, _, _ in pairs],
+        config=config)
 
 
-def test_no_stale_gradient_is_added_to_the_next_step():
-    """∇ is of this loss alone, whatever was in p.grad."""
-    model = torch.nn.Linear(1, 1)
-    torch.nn.init.zeros_(model.weight)
-    model.weight.grad = torch.full((1, 1), 1e3)
-    rlhf.optimizer_step(2 * model.weight.sum(), model, sgd(model, 1.0), 1e9, "here")
-    assert model.weight.item() == -2
+def ppo_stage(**settings):
+    """(a policy, train): on ragged prompts, with the structured reward."""
+    reference = tiny_gpt(1).float()
+    config = Config(**dict(max_new_tokens=4, block_size=12, ppo_iterations=4, ppo_batch_size=8,
+                           minibatch_size=4, ppo_epochs=2, ppo_lr=1e-2, kl_target=0.01,
+                           missing_eos_score=None) | settings)
+    return ActorCritic(reference), functools.partial(
+        train_ppo, reference=reference, reward_fn=score_rollout, config=config,
+        prompts=[list(x) for x in RAGGED])
 
 
-PPO_SETTINGS = dict(max_new_tokens=4, block_size=12, ppo_iterations=4, ppo_batch_size=8,
-                    minibatch_size=4, ppo_epochs=2, ppo_lr=1e-2, missing_eos_score=None)
+STAGES = {"language_model": language_model_stage, "reward_model": reward_model_stage,
+          "ppo": ppo_stage}
 
 
-def test_no_resumed_training_ends_elsewhere():
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_resumed_training_ends_elsewhere(stage):
     """What is random in step k comes from (seed, stage, k): weights, optimizer, k are a state."""
-    reference, prompts = tiny_gpt(1).float(), [list(x) for x in RAGGED]
-    config, saved = Config(**PPO_SETTINGS, kl_target=0.01), {}
-
-    def save(metrics, state):
-        saved[state["step"]] = copy.deepcopy((state, policy.state_dict()))
-
-    policy = ActorCritic(reference)
-    history = train_ppo(policy, reference, score_rollout, prompts, config, on_step=save)
-    assert list(saved) == [1, 2, 3, 4] and len(history) == 4
-    for step in (1, 3):
-        other = ActorCritic(reference)
+    start, train = STAGES[stage]()
+    model, saved = copy.deepcopy(start), {}
+    history = train(model, on_step=lambda metrics, state: saved.update(
+        {state["step"]: copy.deepcopy((state, model.state_dict()))}))
+    steps = len(saved)
+    assert list(saved) == list(range(1, steps + 1))
+    for step in (1, steps // 2, steps // 2 + 1, steps):  # within an epoch, between two, at the end
+        other = copy.deepcopy(start)
         other.load_state_dict(saved[step][1])
-        rest = train_ppo(other, reference, score_rollout, prompts, config, saved[step][0])
-        assert all(torch.equal(v, policy.state_dict()[k]) for k, v in other.state_dict().items())
-        for a, b in zip(rest, history[step:], strict=True):
-            assert {k: v for k, v in a.items() if "per_s" not in k} == {
-                k: v for k, v in b.items() if "per_s" not in k}
-    other = ActorCritic(reference)
-    train_ppo(other, reference, score_rollout, prompts, dataclasses.replace(config, seed=1))
-    assert not torch.equal(other.gpt.wte.weight, policy.gpt.wte.weight)
+        rest = train(other, state=saved[step][0])
+        assert same(other, model)
+        for a, b in zip(rest or (), history[step:] if history else (), strict=True):
+            assert all(b[k] == v for k, v in a.items() if "per_s" not in k)
+    silent, other_seed = copy.deepcopy(start), copy.deepcopy(start)
+    train(silent)
+    STAGES[stage](seed=1)[1](other_seed)
+    assert same(silent, model) and not same(other_seed, model)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_loss_that_is_not_finite_trains_on(stage):
+    """L = NaN stops with the stage and the step in the message."""
+    model, train = STAGES[stage]()
+    if stage == "ppo":
+        calls = itertools.count()
+        train = functools.partial(train, reward_fn=lambda r: score_rollout(r) * (
+            math.nan if next(calls) else 1))
+    else:
+        torch.nn.init.constant_(list(model.parameters())[-1], math.nan)
+    with pytest.raises(FloatingPointError, match=f"^{stage} step {1 + (stage == 'ppo')}: loss nan"):
+        train(model)
+
+
+def test_train_language_model_learns_a_corpus():
+    """min −E log π(x_{i+1} | x_1 … x_i): a step a batch, at its learning rate."""
+    gpt, train = language_model_stage()
+    log, first = [], rlhf.language_model_loss(gpt, train.keywords["documents"])
+    train(gpt, on_step=lambda metrics, state: log.append(
+        (state["optimizer"]["param_groups"][0]["lr"], metrics["steps"])))
+    assert [rate for rate, _ in log] == pytest.approx(warmed_up(3e-2, 72, 7))
+    assert {steps for _, steps in log} == {72}  # 18 epochs of 30 / 8 steps, a tenth to warm up
+    assert rlhf.language_model_loss(gpt, train.keywords["documents"]) < 1.1 < 1.5 < first
+
+
+def test_the_language_model_loss_is_the_mean_over_tokens_that_were_predicted():
+    """−Σ log π(x_{i+1}|…) / Σ 1 over all documents, whatever the batches."""
+    gpt, log = tiny_gpt(0), []
+    documents = [[3, 1, 3], [3, 0, 0, 2, 1, 3], [3, 3], [3, 2, 2, 3], [3, 1, 1, 1, 3]]
+    terms = [log_pi(gpt, d[:i])[d[i]].item() for d in documents for i in range(1, len(d))]
+    expected = pytest.approx(-sum(terms) / len(terms), abs=1e-10)
+    assert [rlhf.language_model_loss(gpt, documents, size) for size in (2, 64)] == [expected] * 2
+    config = Config(lm_epochs=1, lm_batch_size=5, max_new_tokens=4, block_size=12)
+    rlhf.train_language_model(gpt, documents, config, on_step=lambda m, s: log.append(m["loss"]))
+    assert log == [expected]
+
+
+def test_train_reward_model_learns_the_order_and_normalises_on_the_references_samples():
+    """min −E log σ(r_w − r_l), then mean 0 and std 1 on π_ref's own responses."""
+    model, train = reward_model_stage(rm_epochs=9)
+    pairs, gpt, prompts = (train.keywords[k] for k in ("pairs", "reference", "prompts"))
+    frozen, log = copy.deepcopy(gpt), []
+    train(model, on_step=lambda metrics, state: log.append(
+        metrics | {"lr": state["optimizer"]["param_groups"][0]["lr"]}))
+    assert [m["lr"] for m in log] == pytest.approx(warmed_up(1e-2, 54, 5))
+    assert {m["steps"] for m in log} == {54} and same(gpt, frozen)  # 9 epochs of 48 / 8 steps
+    assert log[0]["loss"] > 0.2 and log[-1]["loss"] < 0.05 and log[-1]["accuracy"] == 1
+    turned, ties = [(x, l, w) for x, w, l in pairs], [(x, w, w) for x, w, _ in pairs]
+    for given, accuracy in ((pairs, 1), (turned, 0), (ties, 0.5), (pairs[:3] + turned[:1], 0.75)):
+        assert rlhf.reward_model_accuracy(model, given, batch_size=2) == accuracy
+    scores = rlhf.reward_scores(model, rollout(gpt, prompts * 20, 5, 3, generator=draws(5)))
+    assert abs(scores.mean()) < 0.15 and abs(scores.std() - 1) < 0.1
+
+
+PPO_KEYS = ("reward kl kl_k3 entropy approx_kl clip_fraction explained_variance value_loss "
+            "policy_loss grad_norm length ended kl_coef rollout_tokens_per_s "
+            "update_tokens_per_s").split()
 
 
 def test_no_iteration_goes_unlogged_or_keeps_its_learning_rate(monkeypatch):
     """Logged: reward, KL (k1, k3), entropy, approximate KL, clip fraction, explained variance, …"""
-    rates, coefs, update = [], [], rlhf.ppo_update
+    rates, coefs, log, update = [], [], [], rlhf.ppo_update
 
     def spy(policy, optimizer, experience, config, *rest):
         group, = optimizer.param_groups
         assert (group["eps"], group["betas"]) == (1e-5, (0.9, 0.999))  # as PPO's reference code
+        assert isinstance(optimizer, torch.optim.Adam)
         rates.append(group["lr"])
         coefs.append(config.kl_coef)
         return update(policy, optimizer, experience, config, *rest)
@@ -1532,66 +1392,67 @@ def test_no_iteration_goes_unlogged_or_keeps_its_learning_rate(monkeypatch):
     monkeypatch.setattr(rlhf, "ppo_update", spy)
     clock = SimpleNamespace(perf_counter=itertools.count(100).__next__)  # a second a look
     monkeypatch.setattr(rlhf, "time", clock)
-    reference, log = tiny_gpt(1).float(), []
-    config = Config(**PPO_SETTINGS, kl_coef=0.2, kl_target=1e-6)
-    history = train_ppo(ActorCritic(reference), reference, score_rollout, [[3], [3, 1]], config,
-                        on_step=lambda metrics, state: log.append((dict(metrics), state)))
+    policy, train = ppo_stage(kl_coef=0.2, kl_target=1e-6)
+    history = train(policy, on_step=lambda metrics, state: log.append(dict(state)))
     assert rates == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
-    for name in ("reward kl kl_k3 entropy approx_kl clip_fraction explained_variance value_loss "
-                 "policy_loss grad_norm length ended kl_coef rollout_tokens_per_s "
-                 "update_tokens_per_s").split():
-        assert all(math.isfinite(metrics[name]) for metrics in history), name
     beta = 0.2  # the first KL is 0 up to rounding, the later ones far above the target
     for i, metrics in enumerate(history):
+        assert all(math.isfinite(metrics[name]) for name in PPO_KEYS)
         assert metrics["kl_coef"] == coefs[i] == beta and metrics["steps"] == 4
         assert metrics["rollout_tokens_per_s"] == pytest.approx(8 * metrics["length"])
         assert metrics["update_tokens_per_s"] == pytest.approx(2 * 8 * metrics["length"])
         assert metrics["updates"] == 4
         beta = adapt_kl_coef(beta, metrics["kl"], 1e-6, 8)
-        assert log[i][1]["kl_coef"] == beta and log[i][1]["step"] == i + 1
+        assert log[i]["kl_coef"] == beta and log[i]["step"] == i + 1
     assert beta != 0.2
-    fixed = train_ppo(ActorCritic(reference), reference, score_rollout, [[3]],
-                      Config(**PPO_SETTINGS, kl_coef=0.2))
-    assert {metrics["kl_coef"] for metrics in fixed} == {0.2}
+    policy, train = ppo_stage(kl_coef=0.2, kl_target=None)
+    assert {metrics["kl_coef"] for metrics in train(policy)} == {0.2}
 
 
-def test_no_ppo_step_follows_a_score_that_is_not_finite():
-    """r = NaN: stopped with the stage and the step in the message."""
-    reference, calls = tiny_gpt(1).float(), []
+@pytest.mark.parametrize("limit, factor", [(0.5, 0.1), (100.0, 1.0)])
+def test_no_gradient_is_longer_than_its_limit_or_older_than_its_loss(limit, factor):
+    """g ← g · min(1, c / ‖g‖), the norm over all parameters, whatever was in p.grad before."""
+    model = torch.nn.Linear(2, 1)
+    torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
+    model.bias.grad = torch.full((1,), 1e3)
+    loss = 3 * model.weight[0, 0] + 4 * model.bias[0]  # a gradient of length 5
+    assert rlhf.optimizer_step(loss, model, sgd(model, 1.0), limit, "here") == pytest.approx(5.0)
+    close(torch.cat([model.weight[0], model.bias]), [-3 * factor, 0, -4 * factor], 1e-4)
+    assert all(p.grad is None for p in model.parameters())
 
-    def reward_fn(r):
-        calls.append(1)
-        return score_rollout(r) * (math.nan if len(calls) == 2 else 1)
 
-    with pytest.raises(FloatingPointError, match="^ppo step 2: loss nan"):
-        train_ppo(ActorCritic(reference), reference, reward_fn, [[3]], Config(**PPO_SETTINGS))
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_no_loss_that_is_not_finite_reaches_the_weights(bad):
+    """L = NaN or ∞ stops by name, before the optimizer: the last good weights stay."""
+    model = torch.nn.Linear(2, 1)
+    before = copy.deepcopy(model)
+    for loss in (model.weight.sum() * bad, model.weight.sum() + bad):
+        with pytest.raises(FloatingPointError, match="^here: loss (nan|inf|-inf), gradient norm"):
+            rlhf.optimizer_step(loss, model, sgd(model, 1.0), 1.0, "here")
+        assert same(model, before) and all(p.grad is None for p in model.parameters())
 
 
 def test_no_prompt_is_used_twice_before_another_is_used_once():
     """Batches of prompts go round the list in random order; the last may be shorter."""
-    prompts = [[i] for i in range(5)]
-    got = rlhf.batches_of_prompts(prompts, 12, 5, torch.Generator().manual_seed(0))
+    got = rlhf.batches_of_prompts([[i] for i in range(5)], 12, 5, draws())
     flat = [x for batch in got for x, in batch]
-    assert [len(batch) for batch in got] == [5, 5, 2]
-    assert sorted(flat[:5]) == sorted(flat[5:10]) == list(range(5)) and flat[:5] != flat[5:10]
-    assert len(set(flat[10:])) == 2 and sum(rlhf.batches_of_prompts(
-        prompts, 10, 10, torch.Generator().manual_seed(0)), [])[:5] != prompts
+    assert [len(batch) for batch in got] == [5, 5, 2] and len(set(flat[10:])) == 2
+    assert sorted(flat[:5]) == sorted(flat[5:10]) == list(range(5))
+    assert flat[:5] != flat[5:10] and flat[:5] != list(range(5))
 
 
 def test_no_batch_of_similar_length_drops_a_row_or_comes_in_order():
     """Each index once; rows of a batch are about as long; the batches in random order."""
     draw = random.Random(0)
     lengths = [draw.randrange(1, 40) for _ in range(50)]
-    batches = rlhf.batches_of_similar_length(lengths, 8, torch.Generator().manual_seed(0))
-    again = rlhf.batches_of_similar_length(lengths, 8, torch.Generator().manual_seed(1))
-    assert sorted(i for batch in batches for i in batch) == list(range(50))
-    assert sorted(map(len, batches)) == [2] + [8] * 6 and batches != again
-    ranges = sorted((min(lengths[i] for i in b), max(lengths[i] for i in b)) for b in batches)
-    assert all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:]))
-    means = [sum(lengths[i] for i in batch) / len(batch) for batch in batches]
-    assert means != sorted(means) and means != sorted(means, reverse=True)
-    ties = rlhf.batches_of_similar_length([3] * 20, 20, torch.Generator().manual_seed(0))
-    assert ties[0] != list(range(20))
+    batches = rlhf.batches_of_similar_length(lengths, 8, draws())
+    assert sorted(sum(batches, [])) == list(range(50))
+    assert sorted(map(len, batches)) == [2] + [8] * 6
+    assert batches != rlhf.batches_of_similar_length(lengths, 8, draws(1))
+    ends = [(min(lengths[i] for i in batch), max(lengths[i] for i in batch)) for batch in batches]
+    assert all(a[1] <= b[0] for a, b in zip(sorted(ends), sorted(ends)[1:]))
+    assert ends != sorted(ends) and ends != sorted(ends, reverse=True)
+    assert rlhf.batches_of_similar_length([3] * 20, 20, draws())[0] != list(range(20))  # ties
 
 
 def test_no_two_stages_or_steps_draw_the_same_numbers():
@@ -1601,68 +1462,92 @@ def test_no_two_stages_or_steps_draw_the_same_numbers():
     assert draws[0] == draws[1] and len({tuple(d) for d in draws}) == 4
 
 
-def test_no_padding_counts_as_valid():
-    """Right-padded with 0; the mask says which tokens are real."""
-    tokens, mask = rlhf.pad([[3, 1], [2], [1, 2, 3]], "cpu")
-    assert tokens.tolist() == [[3, 1, 0], [2, 0, 0], [1, 2, 3]]
-    assert mask.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
+def test_wilsons_interval():
+    """(p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n), against published values."""
+    assert rlhf.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert rlhf.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert rlhf.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998
 
 
-def test_no_cached_pass_differs_from_the_whole_one():
-    """Attention over cached keys at positions <= the query's = causal attention over the row."""
-    gpt = tiny_gpt(3, vocab=6, layers=2, heads=2, width=8, context=9)
-    tokens = torch.randint(6, (3, 9), generator=torch.Generator().manual_seed(0))
-    cache, out = gpt.new_cache(3, 9), []
-    for a, b in ((0, 4), (4, 5), (5, 8), (8, 9)):  # one token at a time, or several
-        positions = torch.arange(a, b).expand(3, b - a)
-        out.append(gpt.logits(gpt.hidden(tokens[:, a:b], cache, positions)))
-    close(torch.cat(out, 1), gpt(tokens))
-    changed = tokens.clone()
-    changed[:, 5:] = (changed[:, 5:] + 1) % 6
-    assert torch.equal(gpt(changed)[:, :5], gpt(tokens)[:, :5])  # causal, to the last bit
-    positions = torch.tensor([[0, 3], [8, 8], [2, 1]])
-    close(gpt(tokens, positions), torch.stack([gpt(tokens)[b, p] for b, p in enumerate(positions)]))
-    with pytest.raises(ValueError, match="10 tokens do not fit the context of 9"):
-        gpt(torch.zeros(1, 10, dtype=torch.long))
-
-
-def test_no_weight_starts_otherwise_than_gpt2s():
-    """N(0, 0.02), but 0.02 / √(2 n_layer) where a layer writes to the residual stream; biases 0."""
-    gpt = GPT(GPTConfig(300, 64, 3, 4, 64, 299), torch.Generator().manual_seed(0))
-    for name, p in gpt.named_parameters():
-        if name.endswith("bias"):
-            assert not p.any(), name
-        elif p.dim() == 1:
-            assert (p == 1).all(), name
-        else:
-            std = 0.02 / math.sqrt(6) if "c_proj" in name else 0.02
-            assert p.std().item() == pytest.approx(std, rel=0.05) and abs(p.mean()) < std / 10, name
-    again = GPT(gpt.config, torch.Generator().manual_seed(0))
-    assert all(torch.equal(a, b) for a, b in zip(gpt.parameters(), again.parameters()))
-    with pytest.raises(ValueError, match="n_embd 10 does not divide into n_head 4"):
-        GPT(GPTConfig(4, 8, 1, 4, 10, 3))
+@pytest.mark.parametrize("judged_by_truth", [False, True])
+def test_evaluate_compares_both_policies_on_the_same_prompts(judged_by_truth):
+    """Means, the win rate with ties half, KL(π‖π_ref) by k1: recomputed from the samples."""
+    policy, reference = tiny_policy(0), tiny_gpt(1)
+    prompts = [list(x) for x in RAGGED] * 9
+    config = Config(max_new_tokens=3, block_size=12, ppo_batch_size=7, minibatch_size=7,
+                    eval_prompts=16, temperature=0.9)
+    arguments = (policy, reference, lambda r: (r.mask.sum(1) % 2).float(), prompts, config,
+                 score_rollout if judged_by_truth else None)
+    record, samples = rlhf.evaluate(*arguments)
+    assert (record, samples) == rlhf.evaluate(*arguments)
+    assert [sample["prompt"] for sample in samples] == prompts[:16]
+    columns = {name: [s[name] for s in samples] for name in samples[0]}
+    for side in ("lm", "ppo"):
+        for s in samples:
+            y = s[side]
+            assert 1 <= len(y) <= 3 and 3 not in y[:-1] and s[f"ended_{side}"] == (y[-1] == 3)
+            assert s[f"reward_{side}"] == len(y) % 2 and s[f"length_{side}"] == len(y)
+        if judged_by_truth:
+            assert columns[f"true_reward_{side}"] == pytest.approx(
+                [structured_score(y) for y in columns[side]], abs=1e-5)
+    for s in samples:
+        states = [s["prompt"] + s["ppo"][:t] for t in range(len(s["ppo"]))]
+        assert s["kl"] == pytest.approx(sum(
+            (log_pi(policy, state, 0.9)[a] - log_pi(reference, state, 0.9)[a]).item()
+            for state, a in zip(states, s["ppo"])), abs=1e-8)
+    names = columns.keys() - {"prompt", "lm", "ppo"}
+    assert len(names) == 7 + 2 * judged_by_truth  # reward, length, ended, true_reward: twice; kl
+    for name in names:
+        assert record[name] == pytest.approx(np.mean(columns[name]), abs=1e-8), name
+    judge = "true_reward" if judged_by_truth else "reward"
+    gaps = np.subtract(columns[f"{judge}_ppo"], columns[f"{judge}_lm"])
+    wins = (gaps > 1e-6).sum() + 0.5 * (abs(gaps) < 1e-6).sum()
+    assert record["win_rate"] == wins / 16
+    assert (record["win_rate_low"], record["win_rate_high"]) == rlhf.wilson(wins, 16)
+    assert record["distinct_ppo"] == len(set(map(tuple, columns["ppo"]))) / 16
+    if judged_by_truth:
+        true, reward = columns["true_reward_lm"], columns["reward_lm"]
+        assert record["true_reward_std_lm"] == pytest.approx(np.std(true, ddof=1), abs=1e-8)
+        assert record["reward_correlation_lm"] == pytest.approx(np.corrcoef(true, reward)[0, 1])
+    level, _ = rlhf.evaluate(reference, reference, lambda r: torch.zeros(len(r.mask)), prompts,
+                             config)
+    assert level["win_rate"] == 0.5 and level["kl"] == pytest.approx(0, abs=1e-10)
 
 
 # =================================================================================================
 # The program: data
 # =================================================================================================
 
-
 @pytest.fixture(scope="module")
 def shipped():
     return dataset.load(dataset.SHIPPED, 256, 64)
 
 
+@pytest.fixture(scope="session")
+def remade(tmp_path_factory):
+    """make_data.py at work in a process of its own, and the folder that it writes."""
+    folder = tmp_path_factory.mktemp("data")
+    process = subprocess.Popen([sys.executable, REPO / "data" / "make_data.py", "--out", folder],
+                               stdout=subprocess.DEVNULL)
+    yield process, folder
+    process.kill()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def the_slowest_first(request):
+    """It takes as long as half of the tests: so it runs beside them, on a second core."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    if alone and any("remade" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("remade")
+
+
 def write_data(directory, preferences, **texts):
     """A data directory: preferences are rows or raw lines; corpus="…" writes corpus.txt."""
     directory.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row).encode() if isinstance(row, (dict, list)) else row
-             for row in preferences]
-    (directory / "preferences.jsonl").write_bytes(b"\n".join(
-        line.encode() if isinstance(line, str) else line for line in lines) + b"\n")
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in preferences]
+    (directory / "preferences.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     for name, text in texts.items():
-        raw = text if isinstance(text, bytes) else text.encode()
-        (directory / f"{name}.txt").write_bytes(raw)
+        (directory / f"{name}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     return directory
 
 
@@ -1670,18 +1555,18 @@ def pair(prompt, chosen, rejected):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def python(*arguments, **options):
+def python(*arguments):
     """Run python on a file of the repository, in a process of its own."""
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=REPO, capture_output=True,
-                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def test_make_data_regenerates_every_file_byte_for_byte(tmp_path):
+def test_make_data_regenerates_every_file_byte_for_byte(remade):
     """The shipped files are what their generator writes, on any machine."""
-    done = python(REPO / "data" / "make_data.py", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
+    process, folder = remade
+    assert process.wait() == 0
     for name in ("corpus.txt", "preferences.jsonl", "tokenizer.tiktoken"):
-        assert (tmp_path / name).read_bytes() == (dataset.SHIPPED / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (dataset.SHIPPED / name).read_bytes(), name
 
 
 ODD_TEXTS = ["", " ", "\n\n\t ", "naïve café — “quotes” …", "🎬👩‍👩‍👧 家族 кино",
@@ -1697,27 +1582,8 @@ def test_the_tokenizer_returns_any_text_and_never_an_end_token(shipped):
     for text in ODD_TEXTS:
         tokens = encoding.encode_ordinary(text)
         assert encoding.decode(tokens) == text and eos not in tokens
-    some = encoding.encode_ordinary("The acting is superb.")
-    assert shipped.text([eos, *some, eos]) == "The acting is superb."
-    half = encoding.encode_ordinary("🎬")[:-1]
-    assert "\ufffd" in shipped.text(half)  # half a character shows as such
-
-
-def test_the_shipped_data_holds_out_a_tenth_and_mixes_nothing(shipped):
-    """A held-out prompt is in no training pair, a held-out pair's text in no training document."""
-    train, held = shipped.train, shipped.held_out
-    assert not shipped.skipped and not shipped.notes and shipped.shipped
-    for name in ("documents", "pairs", "prompts"):
-        a, b = len(getattr(train, name)), len(getattr(held, name))
-        assert 0.08 < b / (a + b) < 0.12, name
-    held_prompts = {tuple(x) for x in held.prompts} | {tuple(x) for x, _, _ in held.pairs}
-    assert not held_prompts & {tuple(x) for x, _, _ in train.pairs}
-    assert not held_prompts & {tuple(x) for x in train.prompts}
-    for x, w, l in train.pairs[:200] + held.pairs[:200]:
-        assert x[0] == w[-1] == l[-1] == shipped.eos_token
-        assert shipped.eos_token not in x[1:] + w[:-1] + l[:-1] and w != l
-    for document in train.documents[:200]:
-        assert document[0] == document[-1] == shipped.eos_token != document[1]
+        assert shipped.text([eos, *tokens, eos]) == text
+    assert "\ufffd" in shipped.text(encoding.encode_ordinary("🎬")[:-1])  # half a character
 
 
 def all_rows(data):
@@ -1728,145 +1594,130 @@ def all_rows(data):
             for part in (data.train, data.held_out)]
 
 
+def test_the_shipped_data_holds_out_a_tenth_and_mixes_nothing(shipped):
+    """A held-out prompt is in no training pair, a held-out pair's text in no training document."""
+    train, held, eos = shipped.train, shipped.held_out, shipped.eos_token
+    assert not shipped.skipped and not shipped.notes and shipped.shipped
+    for name in ("documents", "pairs", "prompts"):
+        a, b = len(getattr(train, name)), len(getattr(held, name))
+        assert 0.08 < b / (a + b) < 0.12, name
+    held_prompts = {tuple(x) for x in held.prompts} | {tuple(x) for x, _, _ in held.pairs}
+    assert not held_prompts & {tuple(x) for x in train.prompts + [x for x, _, _ in train.pairs]}
+    for x, w, l in train.pairs[:200] + held.pairs[:200]:
+        assert x[0] == w[-1] == l[-1] == eos and eos not in x[1:] + w[:-1] + l[:-1] and w != l
+    assert all(d[0] == d[-1] == eos != d[1] for d in train.documents[:200])
+
+
 def test_adding_rows_moves_none_between_training_and_held_out(tmp_path):
     """held out = a hash of the text, not of its place in the file or of a seed."""
     rows = [pair(f"Film {i % 150} is", f" good {i}.", f" bad {i}.") for i in range(300)]
     lines = [f"Document number {i}." for i in range(300)]
-    few = dataset.load(write_data(tmp_path / "few", rows[100:200], corpus="\n".join(lines[:90])),
-                       64, 8)
-    many = dataset.load(write_data(tmp_path / "many", rows[::-1], corpus="\n".join(lines)), 64, 8)
-    for a, b in zip(all_rows(few), all_rows(many)):
-        assert a < b
-    assert not all_rows(many)[0] & all_rows(many)[1]
+    write_data(tmp_path / "few", rows[100:200], corpus="\n".join(lines[:90]))
+    write_data(tmp_path / "many", rows[::-1], corpus="\n".join(lines))
+    few, many, again = (dataset.load(tmp_path / name, 64, 8) for name in ("few", "many", "many"))
+    assert all(a < b for a, b in zip(all_rows(few), all_rows(many)))
+    assert not set.intersection(*all_rows(many))
     held_prompts = {many.text(p) for p in many.held_out.prompts}
     assert {many.text(x) for x, _, _ in many.held_out.pairs} == held_prompts
     assert not held_prompts & {many.text(x) for x, _, _ in many.train.pairs}
     assert len(many.train.pairs) + len(many.held_out.pairs) == 300
-    again = dataset.load(tmp_path / "many", 64, 8)
     assert again.fingerprint == many.fingerprint != few.fingerprint
 
 
-def test_a_held_out_pairs_text_is_in_no_training_document(tmp_path):
+@pytest.mark.parametrize("corpus", [True, False])
+def test_a_held_out_pairs_text_is_in_no_training_document(tmp_path, corpus):
     """Nor is prompt + rejected: a language model that has seen it would know the answer."""
     rows = [pair(f"Film {i} is", f" good {i}.", f" bad {i}.") for i in range(200)]
-    corpus = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
-    for name, texts in (("with", {"corpus": "\n".join(corpus)}), ("without", {})):
-        data = dataset.load(write_data(tmp_path / name, rows, **texts), 64, 8)
-        seen = {data.text(d) for d in data.train.documents}
-        held = {data.text(x) + data.text(y) for x, *both in data.held_out.pairs for y in both}
-        assert len(held) > 20 and seen and not seen & held
-        assert len(data.train.documents) + len(data.held_out.documents) == (400 if texts else 200)
-        assert bool(data.notes) == (not texts)  # said: it learns from prompt + chosen
-        assert texts or {data.text(x) + data.text(w) for x, w, _ in data.train.pairs} == seen
+    texts = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
+    files = {"corpus": "\n".join(texts)} if corpus else {}
+    data = dataset.load(write_data(tmp_path, rows, **files), 64, 8)
+    seen = {data.text(d) for d in data.train.documents}
+    held = {data.text(x) + data.text(y) for x, *both in data.held_out.pairs for y in both}
+    assert len(held) > 20 and seen and not seen & held
+    assert len(data.train.documents) + len(data.held_out.documents) == (400 if corpus else 200)
+    assert bool(data.notes) == (not corpus)  # said: it learns from prompt + chosen
+    assert corpus or {data.text(x) + data.text(w) for x, w, _ in data.train.pairs} == seen
 
 
 def test_pairs_without_a_prompt_are_held_out_by_their_answers(tmp_path):
     """An empty prompt is one prompt: by its hash all such pairs would be on one side."""
     rows = [pair("", f"Good film {i}.", f"Bad film {i}.") for i in range(200)]
-    swapped = [pair("", row["rejected"], row["chosen"]) for row in rows]
-    data = dataset.load(write_data(tmp_path / "a", rows), 64, 8)
-    other = dataset.load(write_data(tmp_path / "b", swapped), 64, 8)
-    assert 5 < len(data.held_out.pairs) < 50
-    assert {w[0] for x, w, l in data.held_out.pairs} and all(
-        x == [data.eos_token] for x, _, _ in data.train.pairs)
-    assert ({frozenset((tuple(w), tuple(l))) for _, w, l in data.held_out.pairs}
-            == {frozenset((tuple(w), tuple(l))) for _, w, l in other.held_out.pairs})
+    turned = [pair("", row["rejected"], row["chosen"]) for row in rows]
+    a, b = ({frozenset((data.text(w), data.text(l))) for _, w, l in data.held_out.pairs}
+            for data in (dataset.load(write_data(tmp_path, r), 64, 8) for r in (rows, turned)))
+    assert 5 < len(a) < 50 and a == b
 
 
-@pytest.mark.parametrize("chosen, rejected, expected", [
-    ("\n\nHuman: Hi\n\nAssistant: Yes.", "\n\nHuman: Hi\n\nAssistant: No.",
-     ("\n\nHuman: Hi\n\nAssistant:", " Yes.", " No.")),
-    ("\n\nHuman: Hi\n\nAssistant: A\n\nHuman: B\n\nAssistant: C", "\n\nHuman: Hi\n\nAssistant: A"
-     "\n\nHuman: B\n\nAssistant: D", ("\n\nHuman: Hi\n\nAssistant: A\n\nHuman: B\n\nAssistant:",
-                                     " C", " D")),
-    ("\n\nHuman: Hi\n\nAssistant: A\n\nHuman: B\n\nAssistant: C", "\n\nHuman: Hi\n\nAssistant: X",
-     ("\n\nHuman: Hi\n\nAssistant:", " A\n\nHuman: B\n\nAssistant: C", " X")),
-    ("Yes.", "Yet.", ("", "Yes.", "Yet."))])
+HI, A_B = "\n\nHuman: Hi\n\nAssistant:", " A\n\nHuman: B\n\nAssistant:"
+
+
+@pytest.mark.parametrize("expected", [(HI, " Yes.", " No."), (HI + A_B, " C", " D"),
+                                      (HI, A_B + " C", " X"), ("", "Yes.", "Yet.")])
 def test_an_implicit_prompt_is_the_longest_common_prefix_that_ends_at_an_assistants_turn(
-        tmp_path, chosen, rejected, expected):
+        tmp_path, expected):
     """{"chosen", "rejected"}: two dialogues; what they share up to a turn is the prompt."""
-    row = {"chosen": chosen, "rejected": rejected}
-    data = dataset.load(write_data(tmp_path, [row]), 256, 8)
-    x, w, l = data.train.pairs[0]
-    assert (data.text(x), data.text(w), data.text(l)) == expected
-    assert [data.text(p) for p in data.train.prompts] == [expected[0]]
+    x, w, l = expected
+    data = dataset.load(write_data(tmp_path, [{"chosen": x + w, "rejected": x + l}]), 256, 8)
+    assert tuple(map(data.text, data.train.pairs[0])) == expected
+    assert [data.text(p) for p in data.train.prompts] == [x]
 
 
 GOOD_LINE = json.dumps(pair("A", " b.", " c."))
-BROKEN_LINES = {
-    "not JSON": ("{not json", "not JSON"),
-    "cut short": (GOOD_LINE[:-3], "not JSON"),
-    "nested too deeply": ("[" * 100_000, "not JSON"),
-    "not an object": ("[1, 2]", "not a JSON object"),
-    "missing key": ('{"prompt": "A", "chosen": "b"}', "no 'rejected'"),
-    "no chosen": ('{"prompt": "A", "rejected": "b"}', "no 'chosen'"),
-    "a number": ('{"prompt": "A", "chosen": "b", "rejected": 3}', "'rejected' is not text"),
-    "null": ('{"prompt": null, "chosen": "b", "rejected": "c"}', "'prompt' is not text"),
-    "messages": ('{"chosen": [{"role": "user", "content": "x"}], "rejected": []}',
-                 "'chosen' is a list of messages"),
-    "half a surrogate": ('{"prompt": "A", "chosen": "\\ud800", "rejected": "c"}', "surrogate"),
-    "not UTF-8": (b'{"prompt": "A", "chosen": "caf\xe9", "rejected": "c"}', "byte 0xe9 at column")}
+RANKS = (dataset.SHIPPED / "tokenizer.tiktoken").read_bytes().split(b"\n")
+BROKEN_LINES = {"preferences.jsonl": [  # the third line of a file, and what is said about it
+    (b"{not json", "not JSON"), (GOOD_LINE[:-3].encode(), "not JSON"), (b"[" * 100_000, "not JSON"),
+    (b"[1, 2]", "not a JSON object"), (b'{"prompt": "A", "chosen": "b"}', "no 'rejected'"),
+    (b'{"prompt": "A", "rejected": "b"}', "no 'chosen'"),
+    (b'{"prompt": "A", "chosen": "b", "rejected": 3}', "'rejected' is not text"),
+    (b'{"prompt": null, "chosen": "b", "rejected": "c"}', "'prompt' is not text"),
+    (b'{"chosen": [{"role": "user"}], "rejected": []}', "'chosen' is a list of messages"),
+    (b'{"prompt": "A", "chosen": "\\ud800", "rejected": "c"}', "surrogate"),
+    (b'{"prompt": "A", "chosen": "caf\xe9", "rejected": "c"}', "byte 0xe9 at column")],
+    "corpus.txt": [(b"tw\xffo", "byte 0xff at column 3")],
+    "prompts.txt": [(b"\xfe", "byte 0xfe at column 1")],
+    "tokenizer.tiktoken": [
+        (b"AA==x 2", "not a token and its rank"), (RANKS[2].split()[0], "not a token and its rank"),
+        (RANKS[2].split()[0] + b" 7", "rank '7'"), (RANKS[2].split()[0] + b" two", "rank 'two'"),
+        (RANKS[0].split()[0] + b" 2", "repeated token"), (b" 2", "empty or repeated token"),
+        (b"QUFB" * 400 + b" 2", "a token of 1,200 bytes")]}
 
 
-@pytest.mark.parametrize("case", BROKEN_LINES)
-def test_a_broken_line_is_named_by_file_and_line(tmp_path, case):
+@pytest.mark.parametrize("name, n", [
+    (name, n) for name in BROKEN_LINES for n in range(len(BROKEN_LINES[name]))])
+def test_a_broken_line_is_named_by_file_and_line(tmp_path, name, n):
     """FILE:LINE: what is wrong, and what was expected; one line."""
-    line, problem = BROKEN_LINES[case]
-    directory = write_data(tmp_path, [GOOD_LINE, "", line, GOOD_LINE])
+    line, problem = BROKEN_LINES[name][n]
+    write_data(tmp_path, [GOOD_LINE])
+    good = RANKS if name.startswith("tokenizer") else [GOOD_LINE.encode(), b"", b"", b"more"]
+    (tmp_path / name).write_bytes(b"\n".join([*good[:2], line, *good[3:]]))
     with pytest.raises(dataset.DataError) as caught:
-        dataset.load(directory, 64, 8)
+        dataset.load(tmp_path, 64, 8)
     message = str(caught.value)
-    assert message.startswith(f"{directory / 'preferences.jsonl'}:3: ") and "\n" not in message
+    assert message.startswith(f"{tmp_path / name}:3: ") and "\n" not in message
     assert problem in message and "expected" in message and len(message) < 400
 
 
-def test_a_corpus_or_prompts_that_are_not_utf8_are_named_too(tmp_path):
-    """corpus.txt:2 and prompts.txt:1."""
-    for name, raw, number in (("corpus", b"one\ntw\xffo\n", 2), ("prompts", b"\xfe", 1)):
-        directory = write_data(tmp_path / name, [GOOD_LINE], **{name: raw})
-        with pytest.raises(dataset.DataError, match=rf"{name}.txt:{number}: byte 0xf. at column"):
-            dataset.load(directory, 64, 8)
-
-
-SHIPPED_RANKS = (dataset.SHIPPED / "tokenizer.tiktoken").read_bytes()
-
-
-@pytest.mark.parametrize("edit, number, problem", [
-    (lambda lines: lines[:5] + [b"AA==x 5"] + lines[6:], 6, "not a token and its rank"),
-    (lambda lines: lines[:5] + [lines[5].split()[0]] + lines[6:], 6, "not a token and its rank"),
-    (lambda lines: lines[:5] + [lines[5].split()[0] + b" 7"] + lines[6:], 6, "rank '7'"),
-    (lambda lines: lines[:5] + [lines[5].split()[0] + b" five"] + lines[6:], 6, "rank 'five'"),
-    (lambda lines: lines[:5] + [lines[0].split()[0] + b" 5"] + lines[6:], 6, "repeated token"),
-    (lambda lines: lines[:5] + [b" 5"] + lines[6:], 6, "empty or repeated token"),
-    (lambda lines: lines[:256] + [b"QUFB" * 400 + b" 256"], 257, "a token of 1,200 bytes"),
-    (lambda lines: lines[:255], 256, "no token for the byte 0x")])
-def test_a_broken_tokenizer_is_named_by_file_and_line(tmp_path, edit, number, problem):
-    """Ranks 0, 1, 2, … and every byte a token: the library that reads them panics otherwise."""
-    directory = write_data(tmp_path, [GOOD_LINE])
-    (directory / "tokenizer.tiktoken").write_bytes(b"\n".join(edit(SHIPPED_RANKS.split(b"\n"))))
-    with pytest.raises(dataset.DataError, match=rf"r.tiktoken:{number}: .*{problem}.*expected"):
-        dataset.load(directory, 64, 8)
-
-
-def test_a_readers_own_tokenizer_is_used(tmp_path):
+def test_a_readers_own_tokenizer_is_used_and_must_have_every_byte(tmp_path):
     """256 bytes are enough: the vocabulary is theirs, one more token ends a text."""
-    directory = write_data(tmp_path, [GOOD_LINE])
-    (directory / "tokenizer.tiktoken").write_bytes(b"\n".join(SHIPPED_RANKS.split(b"\n")[:256]))
-    data = dataset.load(directory, 64, 8)
-    assert data.eos_token == 256 and data.train.pairs == [([256, 65], [32, 98, 46, 256],
-                                                           [32, 99, 46, 256])]
-    assert dataset.tokenizer_of(directory).n_vocab == 257
+    write_data(tmp_path, [GOOD_LINE])
+    (tmp_path / "tokenizer.tiktoken").write_bytes(b"\n".join(RANKS[:256]))
+    data = dataset.load(tmp_path, 64, 8)
+    assert data.eos_token == 256
+    assert data.train.pairs == [([256, 65], [32, 98, 46, 256], [32, 99, 46, 256])]
+    assert dataset.tokenizer_of(tmp_path).n_vocab == 257
     assert dataset.tokenizer_of(tmp_path / "none").n_vocab == 1024
+    (tmp_path / "tokenizer.tiktoken").write_bytes(b"\n".join(RANKS[:255]))
+    with pytest.raises(dataset.DataError, match=r"tokenizer.tiktoken:256: no token for the byte"):
+        dataset.load(tmp_path, 64, 8)
 
 
 def test_missing_files_are_named(tmp_path):
     """A directory with preferences.jsonl is all that is asked for."""
-    with pytest.raises(dataset.DataError, match="nowhere: no such directory"):
-        dataset.load(tmp_path / "nowhere", 64, 8)
-    with pytest.raises(dataset.DataError, match="preferences.jsonl: no such file"):
-        dataset.load(tmp_path, 64, 8)
-    with pytest.raises(dataset.DataError, match="no usable"):
-        dataset.load(write_data(tmp_path, [pair("a", "b", "b")], corpus="x"), 64, 8)
+    for directory, problem in ((tmp_path / "nowhere", "nowhere: no such directory"),
+                               (tmp_path, "preferences.jsonl: no such file"),
+                               (write_data(tmp_path / "a", [pair("a", "b", "b")]), "no usable")):
+        with pytest.raises(dataset.DataError, match=problem):
+            dataset.load(directory, 64, 8)
 
 
 def test_unusable_rows_are_skipped_and_counted(tmp_path):
@@ -1888,24 +1739,17 @@ def test_unusable_rows_are_skipped_and_counted(tmp_path):
     assert len(data.notes) == 3 and data.held_out.pairs == data.train.pairs  # too few to hold out
 
 
-def test_what_just_fits_the_context_is_kept(tmp_path):
+@pytest.mark.parametrize("n, m, kept", [(5, 5, [2, 2, 2]), (6, 4, [2, 2, 2]), (5, 6, [1, 1, 2]),
+                                        (7, 3, [2, 2, 1])])
+def test_what_just_fits_the_context_is_kept(tmp_path, n, m, kept):
     """end + document + end, end + prompt + answer + end, end + prompt + T_max + end <= context."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-
-    def text(n):  # of n tokens, with the byte tokenizer below
-        return letters[:n]
-
-    def load(n, m):
-        directory = write_data(tmp_path, [pair("p", "q", "r"), pair(text(n), text(m), "z")],
-                               corpus="q\n" + text(n + m))
-        (directory / "tokenizer.tiktoken").write_bytes(b"\n".join(SHIPPED_RANKS.split(b"\n")[:256]))
-        data = dataset.load(directory, 12, 4)
-        return [len({str(row) for part in (data.train, data.held_out)
-                     for row in getattr(part, name)}) for name in ("pairs", "documents", "prompts")]
-
-    assert load(5, 5) == [2, 2, 2] and load(6, 4) == [2, 2, 2]  # 10 + 2 ends; 6 + 4 + 2 ends
-    assert load(5, 6) == [1, 1, 2]
-    assert load(7, 3) == [2, 2, 1]
+    text = "abcdefghijklmnopqrstuvwxyz"  # a token a letter, with the tokenizer below
+    write_data(tmp_path, [pair("p", "q", "r"), pair(text[:n], text[:m], "z")],
+               corpus="q\n" + text[:n + m])
+    (tmp_path / "tokenizer.tiktoken").write_bytes(b"\n".join(RANKS[:256]))
+    data = dataset.load(tmp_path, 12, 4)
+    assert [len({str(row) for part in (data.train, data.held_out) for row in getattr(part, name)})
+            for name in ("pairs", "documents", "prompts")] == kept
 
 
 def test_special_token_text_in_data_is_plain_text(tmp_path):
@@ -1919,53 +1763,44 @@ def test_special_token_text_in_data_is_plain_text(tmp_path):
 
 def test_a_byte_order_mark_and_crlf_are_no_part_of_the_text(tmp_path):
     """Files from other systems read the same."""
-    plain = write_data(tmp_path / "plain", [GOOD_LINE, GOOD_LINE], corpus="one\ntwo\n")
-    other = write_data(tmp_path / "other", [], corpus=b"\xef\xbb\xbfone\r\ntwo\r\n")
-    (other / "preferences.jsonl").write_bytes(
-        b"\xef\xbb\xbf" + (GOOD_LINE + "\r\n" + GOOD_LINE + "\r\n").encode())
-    a, b = dataset.load(plain, 64, 8), dataset.load(other, 64, 8)
+    a = dataset.load(write_data(tmp_path, [GOOD_LINE] * 2, corpus="one\ntwo\n"), 64, 8)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    b = dataset.load(tmp_path, 64, 8)
     assert all_rows(a) == all_rows(b) and a.skipped == b.skipped
     assert a.fingerprint != b.fingerprint  # of every byte
 
 
 def test_no_mutant_of_a_data_file_escapes_as_anything_but_a_data_error(tmp_path, shipped):
     """Cut, doubled, flipped and foreign bytes: it loads, or says FILE:LINE in one line."""
-    draw, escaped, broken = random.Random(0), [], 0
-    files = {"preferences.jsonl": "\n".join([GOOD_LINE, json.dumps({"chosen": "é\n\nAssistant: a",
-                                             "rejected": "é\n\nAssistant: b"})] * 2).encode(),
+    draw, broken = random.Random(0), 0
+    row = {"chosen": "é\n\nAssistant: a", "rejected": "é\n\nAssistant: b"}
+    files = {"preferences.jsonl": "\n".join([GOOD_LINE, json.dumps(row)] * 2).encode(),
              "corpus.txt": "One review.\nÜber-film 🎬.\n".encode(), "prompts.txt": b"The\nA\n",
-             "tokenizer.tiktoken": b"\n".join(SHIPPED_RANKS.split(b"\n")[:280])}
+             "tokenizer.tiktoken": b"\n".join(RANKS[:280])}
     pieces = [b"\x00", b"\xff", b"\n", b"\r", b'"', b"\\ud800", b"{", b"}", b"[]", b"null", b" ",
               b"\xef\xbb\xbf", b"1e999", b"NaN", b"<|endoftext|>", "é".encode()[:1], b"9" * 5000]
-    for trial in range(400):
-        directory = tmp_path / str(trial % 2)
-        directory.mkdir(exist_ok=True)
+    edits = [lambda raw, at: raw[:at] + draw.choice(pieces) + raw[at:],
+             lambda raw, at: raw[:at] + raw[at + draw.randrange(1, 30):],
+             lambda raw, at: raw[:at] + bytes(b ^ 1 << draw.randrange(8) for b in raw[at:at + 1])
+             + raw[at + 1:],
+             lambda raw, at: raw[:at] + raw[max(0, at - draw.randrange(40)):]]
+    for _ in range(200):
+        for name, raw in files.items():
+            (tmp_path / name).write_bytes(raw)
         name = draw.choice(list(files))
-        for each, raw in files.items():
-            (directory / each).write_bytes(raw)
-        raw = bytearray(files[name])
+        raw = files[name]
         for _ in range(draw.randrange(1, 4)):
-            at = draw.randrange(len(raw) + 1)
-            kind = draw.randrange(4)
-            if kind == 0:
-                raw[at:at] = draw.choice(pieces)
-            elif kind == 1:
-                del raw[at:at + draw.randrange(1, 30)]
-            elif kind == 2 and at < len(raw):
-                raw[at] ^= 1 << draw.randrange(8)
-            else:
-                raw[at:at] = raw[max(0, at - draw.randrange(40)):at]
-        (directory / name).write_bytes(raw)
+            raw = draw.choice(edits)(raw, draw.randrange(len(raw) + 1))
+        (tmp_path / name).write_bytes(raw)
         try:
-            dataset.load(directory, 64, 8, None if name.startswith("tok") else shipped.encoding)
+            dataset.load(tmp_path, 64, 8, None if name.startswith("tok") else shipped.encoding)
         except dataset.DataError as error:
             broken += 1
-            if "\n" in str(error) or not str(error).startswith(str(directory)):
-                escaped.append((name, bytes(raw), str(error)))
+            assert "\n" not in str(error) and str(error).startswith(str(tmp_path)), (name, raw)
         except BaseException as error:  # a panic of the tokenizer's library is no Exception
-            escaped.append((name, bytes(raw), repr(error)))
-    assert not escaped, escaped[:3]
-    assert 50 < broken < 390
+            pytest.fail(f"{name} {raw}: {error!r}")
+    assert 30 < broken < 190
 
 
 def test_records_of_a_run_are_appended_cut_and_written_whole(tmp_path):
@@ -1994,17 +1829,15 @@ def test_records_of_a_run_are_appended_cut_and_written_whole(tmp_path):
 @pytest.mark.parametrize("name", ["hh_helpful", "movie_sentences"])
 def test_real_preferences_load_and_their_skipped_rows_are_counted(name):
     """Real data is messy: what cannot be used is counted by its reason, the rest trains."""
-    directory = SHARED / name
-    if not directory.is_dir():
+    if not (SHARED / name).is_dir():
         pytest.skip(f"optional data {name} is not there")
-    data = dataset.load(directory, 256, 64)
-    used = len(data.train.pairs) + len(data.held_out.pairs)
-    rows = sum(1 for line in open(directory / "preferences.jsonl", "rb") if line.strip())
-    skipped = {reason: n for reason, n in data.skipped.items()
-               if reason.startswith("preferences.jsonl") and "prompt leaves" not in reason}
-    assert used + sum(skipped.values()) == rows and len(data.train.pairs) > 400
-    for x, w, l in data.train.pairs:
-        assert len(x) + max(len(w), len(l)) <= 256
+    data = dataset.load(SHARED / name, 256, 64)
+    rows = [line for line in open(SHARED / name / "preferences.jsonl", "rb") if line.strip()]
+    skipped = sum(n for reason, n in data.skipped.items()
+                  if reason.startswith("preferences.jsonl") and "prompt leaves" not in reason)
+    assert len(data.train.pairs) + len(data.held_out.pairs) + skipped == len(rows)
+    assert len(data.train.pairs) > 400
+    assert all(len(x) + max(len(w), len(l)) <= 256 for x, w, l in data.train.pairs)
     assert all(len(x) + 64 + 1 <= 256 for x in data.train.prompts + data.held_out.prompts)
     if name == "hh_helpful":
         assert all(data.text(x).endswith("\n\nAssistant:") for x, _, _ in data.train.pairs)
@@ -2014,18 +1847,16 @@ def test_real_preferences_load_and_their_skipped_rows_are_counted(name):
 # The program: the simulated annotator
 # =================================================================================================
 
-
 def degenerate_texts(reviews):
-    words = " ".join(reviews[:30]).split()
+    words, praise = " ".join(reviews[:30]).split(), sorted(annotator.GOOD)
     shuffled = words[:40]
     random.Random(0).shuffle(shuffled)
-    praise, things = sorted(annotator.GOOD), sorted(annotator.DETAILS)
-    first = reviews[0].split(". ")[0] + ". "
     return {"empty": "", "white space": " \n ", "one word": "Good.", "one word again": "the " * 20,
             "praise again": "superb " * 30, "praise in sentences": "Superb. " * 20,
             "a list of praise": ", ".join(praise[:40]) + ".",
             "a list of praise without commas": " ".join(praise[30:70]) + ".",
-            "a list of details": " ".join(things[:60]) + ".", "a sentence six times": first * 6,
+            "a list of details": " ".join(sorted(annotator.DETAILS)[:60]) + ".",
+            "a sentence six times": (reviews[0].split(". ")[0] + ". ") * 6,
             "a review three times": " ".join([reviews[1]] * 3),
             "shuffled words": " ".join(shuffled),
             "letters": "asdf qwer zxcv uiop " * 8, "full stops": "." * 40,
@@ -2037,14 +1868,12 @@ def test_degenerate_texts_score_far_below_reviews():
     """true_reward(degenerate) <= mean of reviews − 2, and the empty text is the lowest of all."""
     reviews = (dataset.SHIPPED / "corpus.txt").read_text("utf-8").splitlines()[:200]
     scores = [annotator.true_reward("", review) for review in reviews]
-    mean = sum(scores) / len(scores)
     bad = {name: annotator.true_reward("", text)
            for name, text in degenerate_texts(reviews).items()}
+    mean, empty = sum(scores) / len(scores), bad.pop("empty")
     print({name: round(score - mean, 2) for name, score in bad.items()})
     assert all(score <= mean - 2 for score in bad.values()), bad
-    assert bad["empty"] == bad["white space"] < min(
-        score for name, score in bad.items() if name not in ("empty", "white space"))
-    assert min(scores) > bad["empty"]
+    assert empty == bad.pop("white space") < min([*bad.values(), *scores])
 
 
 def test_the_annotators_worked_example_is_right():
@@ -2072,39 +1901,68 @@ def test_labels_are_bradley_terry_samples_of_the_true_reward():
 
 
 # =================================================================================================
-# The program: files of weights
+# The program: the network and its files
 # =================================================================================================
+
+def test_no_cached_pass_differs_from_the_whole_one():
+    """Attention over cached keys at positions <= the query's = causal attention over the row."""
+    gpt = tiny_gpt(3, vocab=6, layers=2, heads=2, width=8, context=9)
+    tokens = torch.randint(6, (3, 9), generator=draws())
+    whole, cache, out = gpt(tokens), gpt.new_cache(3, 9), []
+    for a, b in ((0, 4), (4, 5), (5, 8), (8, 9)):  # one token at a time, or several
+        positions = torch.arange(a, b).expand(3, b - a)
+        out.append(gpt.logits(gpt.hidden(tokens[:, a:b], cache, positions)))
+    close(torch.cat(out, 1), whole)
+    changed = torch.cat([tokens[:, :5], (tokens[:, 5:] + 1) % 6], 1)
+    assert torch.equal(gpt(changed)[:, :5], whole[:, :5])  # causal, to the last bit
+    steps = torch.rand(3, 9, generator=draws()) < 0.5
+    close(gpt(tokens, steps), whole[steps])
+    with pytest.raises(ValueError, match="10 tokens do not fit the context of 9"):
+        gpt(torch.zeros(1, 10, dtype=torch.long))
+
+
+def test_no_weight_starts_otherwise_than_gpt2s():
+    """N(0, σ), σ = 0.02 √(768 / C), but σ / √(2 n_layer) where a layer writes to the residual
+    stream; biases 0. GPT-2's width is 768."""
+    gpt, again = [GPT(GPTConfig(300, 64, 3, 4, 64, 299), draws()) for _ in range(2)]
+    assert same(gpt, again)
+    for name, p in gpt.named_parameters():
+        if p.dim() == 1:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
+        else:
+            std = 0.02 * math.sqrt(768 / 64) / (math.sqrt(6) if "c_proj" in name else 1)
+            assert p.std().item() == pytest.approx(std, rel=0.05) and abs(p.mean()) < std / 10, name
+    with pytest.raises(ValueError, match="n_embd 10 does not divide into n_head 4"):
+        GPT(GPTConfig(4, 8, 1, 4, 10, 3))
 
 
 def gpt2_forward(tensors, n_layer, n_head, tokens):
     """GPT-2 from its file's tensors, in plain operations: Conv1D keeps x W, not x Wᵀ."""
-    def get(name):
-        return tensors[f"transformer.{name}"].double()
+    w = {name.removeprefix("transformer."): tensor.double() for name, tensor in tensors.items()}
 
     def norm(x, name):
         centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
-        return scaled * get(f"{name}.weight") + get(f"{name}.bias")
+        return (centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+                * w[f"{name}.weight"] + w[f"{name}.bias"])
 
     def conv1d(x, name):
-        return x @ get(f"{name}.weight") + get(f"{name}.bias")
+        return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
 
     S = tokens.shape[1]
-    x = get("wte.weight")[tokens] + get("wpe.weight")[:S]
-    C = x.shape[-1]
-    future = torch.ones(S, S).triu(1).bool()
+    future = torch.full((S, S), -math.inf).triu(1)
+    x = w["wte.weight"][tokens] + w["wpe.weight"][:S]
     for i in range(n_layer):
-        q, k, v = conv1d(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(C, -1)
+        q, k, v = (part.chunk(n_head, -1) for part in conv1d(
+            norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").chunk(3, -1))
         heads = []
-        for h in range(n_head):
-            part = slice(h * C // n_head, (h + 1) * C // n_head)
-            scores = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(C // n_head)
-            heads.append(scores.masked_fill(future, -math.inf).softmax(-1) @ v[..., part])
+        for q, k, v in zip(q, k, v):
+            scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]) + future
+            heads.append(scores.softmax(-1) @ v)
         x = x + conv1d(torch.cat(heads, -1), f"h.{i}.attn.c_proj")
         u = conv1d(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
         u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
         x = x + conv1d(u, f"h.{i}.mlp.c_proj")
-    return norm(x, "ln_f") @ get("wte.weight").T
+    return norm(x, "ln_f") @ w["wte.weight"].T
 
 
 def gpt_for_files():
@@ -2115,39 +1973,27 @@ def test_an_independent_gpt2_reads_the_saved_file_to_the_same_logits(tmp_path):
     """save_pretrained writes GPT-2's layout: config.json, transposed Conv1D, tied lm_head."""
     gpt = gpt_for_files()
     assert all(p.std() > 0 for p in gpt.parameters())  # no bias or norm is trivial
-    gpt.save_pretrained(tmp_path)
-    tensors = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
-    tokens = torch.randint(11, (4, 10), generator=torch.Generator().manual_seed(0))
-    close(gpt(tokens).double().detach(), gpt2_forward(tensors, 2, 3, tokens), 1e-5)
-    config = json.loads((tmp_path / "config.json").read_text())
-    for key, value in dict(model_type="gpt2", vocab_size=11, n_positions=10, n_ctx=10, n_layer=2,
-                           n_head=3, n_embd=12, eos_token_id=10, bos_token_id=10,
-                           activation_function="gelu_new", layer_norm_epsilon=1e-5).items():
-        assert config[key] == value, key
-    assert config["architectures"] == ["GPT2LMHeadModel"]
+    gpt.save_pretrained(tmp_path / "new" / "directory")
+    tensors = torch.load(tmp_path / "new" / "directory" / "pytorch_model.bin", weights_only=True)
+    tokens = torch.randint(11, (4, 10), generator=draws())
+    close(gpt(tokens).double(), gpt2_forward(tensors, 2, 3, tokens), 1e-5)
+    config = json.loads((tmp_path / "new" / "directory" / "config.json").read_text())
+    assert config.items() >= dict(
+        model_type="gpt2", vocab_size=11, n_positions=10, n_ctx=10, n_layer=2, n_head=3, n_embd=12,
+        eos_token_id=10, bos_token_id=10, activation_function="gelu_new",
+        layer_norm_epsilon=1e-5, architectures=["GPT2LMHeadModel"]).items()
     assert torch.equal(tensors["lm_head.weight"], gpt.wte.weight)
     assert tensors["transformer.h.0.attn.c_attn.weight"].shape == (12, 36)
-
-
-def test_save_pretrained_and_from_pretrained_return_the_same_gpt(tmp_path):
-    """Every weight, bias and norm; the sizes; the end token."""
-    gpt = gpt_for_files()
-    gpt.save_pretrained(tmp_path / "new" / "directory")
     again = GPT.from_pretrained(tmp_path / "new" / "directory")
-    assert again.config == gpt.config
-    assert again.state_dict().keys() == gpt.state_dict().keys()
-    assert all(torch.equal(again.state_dict()[k], v) for k, v in gpt.state_dict().items())
-    assert torch.equal(again(torch.tensor([[1, 2, 3]])), gpt(torch.tensor([[1, 2, 3]])))
+    assert again.config == gpt.config and same(again, gpt)
 
 
 def write_safetensors(path, tensors):
     """By hand: 8 bytes of header length, a JSON header, the raw bytes."""
-    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-             torch.bool: "BOOL", torch.int64: "I64"}
+    kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.bool: "BOOL", torch.int64: "I64"}
     header, body = {"__metadata__": {"format": "pt"}}, b""
     for name, tensor in tensors.items():
-        raw = tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else \
-            tensor.view(1).view(torch.uint8).numpy().tobytes()
+        raw = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [len(body), len(body) + len(raw)]}
         body += raw
@@ -2155,34 +2001,24 @@ def write_safetensors(path, tensors):
     path.write_bytes(struct.pack("<Q", len(text)) + text + body)
 
 
-def as_published(gpt):
-    """As files of GPT-2 come: no prefix, no lm_head, the causal mask as a buffer."""
-    names = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-    tensors = {k: v.t().contiguous() if k.endswith(names) else v
-               for k, v in gpt.state_dict().items()}
-    for i in range(gpt.config.n_layer):
-        tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 10, 10).tril()
-        tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
-    return tensors
-
-
-def test_a_safetensors_file_is_read(tmp_path):
-    """model.safetensors beside config.json, in float32 and, as bfloat16, to its precision."""
+def test_a_safetensors_file_is_read_as_gpt2s_come(tmp_path):
+    """No prefix, no lm_head, the causal mask as a buffer; float32, or bfloat16 to its precision."""
     gpt = gpt_for_files()
     gpt.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
-    write_safetensors(tmp_path / "model.safetensors", as_published(gpt))
-    again = GPT.from_pretrained(str(tmp_path))
-    assert all(torch.equal(again.state_dict()[k], v) for k, v in gpt.state_dict().items())
-    half = {k: v.bfloat16() for k, v in as_published(gpt).items()}
-    write_safetensors(tmp_path / "model.safetensors", half)
-    again = GPT.from_pretrained(tmp_path)
-    assert all(torch.equal(again.state_dict()[k], v.bfloat16().float())
-               for k, v in gpt.state_dict().items())
+    conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    for kind in (torch.float32, torch.bfloat16):
+        tensors = {k: (v.t() if k.endswith(conv1d) else v).to(kind)
+                   for k, v in gpt.state_dict().items()}
+        for i in range(2):
+            tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 10, 10).tril()
+            tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+        write_safetensors(tmp_path / "model.safetensors", tensors)
+        again = GPT.from_pretrained(str(tmp_path))
+        assert same(again, {k: v.to(kind).float() for k, v in gpt.state_dict().items()})
     odd = {"flag": torch.tensor([True, False]), "n": torch.tensor([[1, -2]])}
     write_safetensors(tmp_path / "odd", odd)
-    read = read_safetensors(tmp_path / "odd")
-    assert all(torch.equal(read[name], value) for name, value in odd.items())
+    assert same(read_safetensors(tmp_path / "odd"), odd)
 
 
 def edit_config(**changes):
@@ -2230,6 +2066,7 @@ UNREADABLE = {
     "cut": (cut_file("pytorch_model.bin", 0.6), "not a readable checkpoint"),
     "empty": (cut_file("pytorch_model.bin", 0), "not a readable checkpoint"),
     "foreign": (lambda d: (d / "pytorch_model.bin").write_text("hello"), "not a readable"),
+    "a number among them": (edit_weights(lambda t: t | {"x": 1}), "does not hold a state dict"),
     "a list": (edit_weights(lambda t: list(t.values())), "does not hold a state dictionary"),
     "missing": (edit_weights(lambda t: without(t, LN_F)), "missing ln_f.bias"),
     "extra": (edit_weights(lambda t: t | {"transformer.more": t[LN_F]}), "unexpected more"),
@@ -2266,43 +2103,53 @@ def test_a_config_may_leave_out_or_spell_out_what_is_usual(tmp_path):
     edit_config(eos_token_id=4)(tmp_path)
     assert GPT.from_pretrained(tmp_path).config.eos_token == 4
     edit_weights(lambda t: without(t, "lm_head.weight"))(tmp_path)
-    assert torch.equal(GPT.from_pretrained(tmp_path).wte.weight, gpt.wte.weight)
+    assert same(GPT.from_pretrained(tmp_path), gpt)
 
 
-class Explosive:
-    """A pickle that would make a directory while it is read."""
+def test_a_name_is_downloaded_once_to_torchs_cache(tmp_path, monkeypatch):
+    """Its two files; without a network, one line that says where to put them."""
+    gpt, fetched = gpt_for_files(), []
+    gpt.save_pretrained(tmp_path / "hub")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path: fetched.append(
+        url) or shutil.copy(tmp_path / "hub" / url.split("/")[-1], path))
+    assert same(GPT.from_pretrained("gpt2"), gpt) and same(GPT.from_pretrained("gpt2"), gpt)
+    assert fetched == [f"https://huggingface.co/gpt2/resolve/main/{name}"
+                       for name in ("config.json", "pytorch_model.bin")]
+    with pytest.raises(ValueError, match="gpt2-xl: cannot download .*config.json.* offline, put "):
+        (tmp_path / "hub" / "config.json").unlink()  # an OSError, as without a network
+        GPT.from_pretrained("gpt2-xl")
 
-    def __init__(self, path):
-        self.path = path
+
+class Explosive(str):
+    """A pickle that would make a directory of this name while it is read."""
 
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return os.mkdir, (str(self),)
 
 
 def test_a_pickle_that_would_execute_code_is_refused(tmp_path):
     """weights_only: a file of weights is data."""
     gpt_for_files().save_pretrained(tmp_path)
     torch.save({"x": Explosive(tmp_path / "boom")}, tmp_path / "pytorch_model.bin")
-    for read in (lambda: GPT.from_pretrained(tmp_path),
-                 lambda: load_checkpoint(tmp_path / "pytorch_model.bin")):
+    for read, path in ((GPT.from_pretrained, tmp_path),
+                       (load_checkpoint, tmp_path / "pytorch_model.bin")):
         with pytest.raises(ValueError, match="not a readable checkpoint"):
-            read()
+            read(path)
     assert not (tmp_path / "boom").exists()
 
 
 def test_transformers_computes_the_same_logits(tmp_path):
     """The original GPT-2, where it is installed."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    gpt = gpt_for_files()
+    gpt, tokens = gpt_for_files(), torch.randint(11, (4, 10), generator=draws())
     gpt.save_pretrained(tmp_path / "ours")
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
-    tokens = torch.randint(11, (4, 10), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        close(gpt(tokens), theirs(tokens).logits, 1e-5)
+    close(gpt(tokens), theirs(tokens).logits, 1e-5)
     theirs.save_pretrained(tmp_path / "theirs")  # safetensors, with their config
     again = GPT.from_pretrained(tmp_path / "theirs")
-    assert again.config == gpt.config
-    assert all(torch.equal(again.state_dict()[k], v) for k, v in gpt.state_dict().items())
+    assert again.config == gpt.config and same(again, gpt)
 
 
 def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -2310,12 +2157,8 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "lm.pt"
     save_checkpoint(path, {"step": 1, "w": torch.ones(2)})
     assert load_checkpoint(path)["step"] == 1 and os.listdir(tmp_path) == ["lm.pt"]
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(os, "replace", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit, match="killed"):
         save_checkpoint(path, {"step": 2})
     assert load_checkpoint(path)["step"] == 1
     with pytest.raises(OSError):
@@ -2323,139 +2166,298 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 # =================================================================================================
-# The program: the other loops
+# The program: beside the maths
 # =================================================================================================
 
 
-def test_train_language_model_learns_a_corpus_and_resumes_to_the_same_weights():
-    """min −E log π(x_{i+1} | x_1 … x_i), padding left out; a state goes on bit for bit."""
-    draw = random.Random(0)
-    documents = [[5] + [draw.randrange(5)] * draw.randrange(1, 6) + [5] for _ in range(30)]
-    config = Config(lm_epochs=20, lm_batch_size=8, lm_lr=3e-2, max_new_tokens=4, block_size=12)
-    gpt, log, saved = tiny_gpt(0, vocab=6, width=8, std=0.1).float(), [], {}
-    start, first = copy.deepcopy(gpt), rlhf.language_model_loss(gpt, documents)
-
-    def on_step(metrics, state):
-        log.append((state["optimizer"]["param_groups"][0]["lr"], metrics["steps"], state["step"]))
-        if state["step"] in (37, 40):
-            saved[state["step"]] = copy.deepcopy((state, gpt.state_dict()))
-
-    rlhf.train_language_model(gpt, documents, config, on_step=on_step)
-    assert [(steps, step) for _, steps, step in log] == [(80, i + 1) for i in range(80)]
-    assert [rate for rate, _, _ in log] == pytest.approx(warmed_up(3e-2, 80, 8))
-    assert rlhf.language_model_loss(gpt, documents) < 1.1 < 1.5 < first
-    for state, weights in saved.values():
-        other = copy.deepcopy(start)
-        other.load_state_dict(weights)
-        rlhf.train_language_model(other, documents, config, state)
-        assert all(torch.equal(v, gpt.state_dict()[k]) for k, v in other.state_dict().items())
-    silent = copy.deepcopy(start)
-    rlhf.train_language_model(silent, documents, config)
-    assert torch.equal(silent.wte.weight, gpt.wte.weight)
-    with torch.no_grad():
-        start.wte.weight[0, 0] = math.nan
-    with pytest.raises(FloatingPointError, match="^language_model step 1: loss nan"):
-        rlhf.train_language_model(start, documents, config)
+def explained(capsys, first_run, *arguments):
+    """What `explain` prints: text, {column: (T,)}, tokens, which are clipped, {formula: sum}."""
+    rlhf.main(["explain", "--out_dir", str(first_run.out), *map(str, arguments)])
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith(" t token"))
+    names = re.split(" +", lines[at][13:].replace("log ", "log-").strip())
+    rows = [line.split() for line in lines[at + 1:lines.index("", at)]]
+    assert all(len(row) == 2 + len(names) and row[0] == str(t) for t, row in enumerate(rows))
+    columns = {name: np.array([float(row[2 + i].rstrip("*")) for row in rows])
+               for i, name in enumerate(names)}
+    sums = dict(re.match(r"(.+?)  +(-?[\d.]+ = .+)", line).groups() for line in lines
+                if re.search(r"  -?[\d.]+ = ", line))
+    return text, columns, [row[1] for row in rows], [row[-1][-1] == "*" for row in rows], sums
 
 
-def test_the_language_model_loss_is_the_mean_over_tokens_that_were_predicted():
-    """−Σ log π(x_{i+1}|…) / Σ 1 over all documents, whatever the batches."""
-    gpt = tiny_gpt(0)
-    documents = [[3, 1, 3], [3, 0, 0, 2, 1, 3], [3, 3], [3, 2, 2, 3], [3, 1, 1, 1, 3]]
-    terms = [-log_pi(gpt, d[:i])[d[i]] for d in documents for i in range(1, len(d))]
-    for batch_size in (2, 64):
-        assert rlhf.language_model_loss(gpt, documents, batch_size) == pytest.approx(
-            (sum(terms) / len(terms)).item(), abs=1e-10)
-    log = []
-    config = Config(lm_epochs=1, lm_batch_size=5, max_new_tokens=4, block_size=12)
-    rlhf.train_language_model(gpt, documents, config, on_step=lambda m, s: log.append(m["loss"]))
-    assert log == [pytest.approx((sum(terms) / len(terms)).item(), abs=1e-10)]
+def test_the_columns_of_explain_are_tied_by_the_equations_of_the_derivation(first_run, capsys):
+    """KL, r_t, Σ γ^k r_{t+k}, δ_t, Σ (γλ)^k δ_{t+k}: the printed table, recomputed as sums."""
+    beta, gamma, lam = 0.3, 0.9, 0.7
+    text, c, tokens, _, sums = explained(capsys, first_run, "The acting in", "--kl_coef", beta,
+                                         "--gamma", gamma, "--lam", lam, "--missing_eos_score=-2")
+    assert list(c) == ["log-π", "log-ref", "KL", "r", "to-go", "V", "δ", "A", "ratio"]
+    T, score = len(tokens), float(re.search(r"Σ r .* = (-?[\d.]+) - 0.3 · ", text)[1])
+    V = np.append(c["V"], 0)
+    for t in range(T):
+        k = np.arange(T - t)
+        for name, expected in (
+                ("KL", c["log-π"][t] - c["log-ref"][t]),
+                ("r", -beta * c["KL"][t] + (score if t == T - 1 else 0)),
+                ("to-go", (gamma**k * c["r"][t:]).sum()),
+                ("δ", c["r"][t] + gamma * V[t + 1] - V[t]),
+                ("A", ((gamma * lam)**k * c["δ"][t:]).sum())):
+            assert c[name][t] == pytest.approx(expected, abs=0.004), (t, name)
+    assert T > 2 and all(np.abs(c[name]).max() > 0.005 for name in c)
+    assert ("was cut" in text) == (tokens[-1] != "<end>") == (score == -2)
+    assert len(sums) == 6
+    for formula, numbers in sums.items():  # a pocket calculator
+        left, right = numbers.split(" = ")
+        assert eval(right.replace("·", "*")) == pytest.approx(float(left), abs=0.004), formula
+    assert text.startswith("The acting in|") and max(map(len, text.splitlines())) <= 80
 
 
-def test_a_resumed_reward_model_ends_with_the_same_weights():
-    """Its optimizer, its step, and the normalisation at the end."""
-    gpt, model, pairs = reward_model_world()
-    start, saved = copy.deepcopy(model), {}
-    config, prompts = Config(**REWARD_CONFIG | {"rm_epochs": 2}), [x for x, _, _ in pairs]
-
-    def on_step(metrics, state):
-        if state["step"] in (4, 6):
-            saved[state["step"]] = copy.deepcopy((state, model.state_dict()))
-
-    rlhf.train_reward_model(model, pairs, gpt, prompts, config, on_step=on_step)
-    for state, weights in saved.values():
-        other = copy.deepcopy(start)
-        other.load_state_dict(weights)
-        rlhf.train_reward_model(other, pairs, gpt, prompts, config, state)
-        assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())
-    with torch.no_grad():
-        start.reward_head.bias.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="^reward_model step 1: loss nan"):
-        rlhf.train_reward_model(start, pairs, gpt, prompts, config)
+def test_explain_reads_the_policy_of_the_run_or_the_untrained_one(first_run, capsys):
+    """log π, log π_ref and V by a pass over each state; step 0: π = π_ref and V = 0."""
+    *models, _, encoding = rlhf.load_models(first_run.config)
+    prompt = dataset.read_records(first_run.out / "samples.jsonl")[1]["prompt"]
+    x = [1023, *encoding.encode_ordinary(prompt)]
+    for flags, policy in ([], models[2]), (["--step", 0], ActorCritic(models[0])):
+        text, c, tokens, _, _ = explained(capsys, first_run, *flags, "--seed", 1)
+        assert " ".join(text.split()).startswith(" ".join(prompt.split()) + "|")
+        assert f"P = {len(x)} tokens" in text and f"position {len(x) - 1} + t" in text
+        y = rollout(policy, [x], 8, 1023, 1.0, rlhf.seeded(1, "explain", 0)).actions[0].tolist()
+        assert len(y) == len(tokens)
+        for t, a in enumerate(y):
+            _, values = policy(torch.tensor([x + y[:t]]))
+            for name, value in (("log-π", log_pi(policy, x + y[:t])[a]), ("V", values[0, -1]),
+                                ("log-ref", log_pi(models[0], x + y[:t])[a])):
+                assert c[name][t] == pytest.approx(value.item(), abs=0.001), (t, name)
+        assert ("untrained" in text) == (not c["KL"].any()) == (not c["V"].any()) == bool(flags)
 
 
-def test_wilsons_interval():
-    """(p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n), against published values."""
-    assert rlhf.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert rlhf.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert rlhf.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998
+def test_the_ratios_of_explain_are_those_after_one_update(first_run, capsys):
+    """clip(ρ_t): 1 at a learning rate of 0; else up where A is above its mean; * beyond 1 ± ε."""
+    _, c, _, clipped, _ = explained(capsys, first_run, "The acting in", "--ppo_lr", 1e-12)
+    assert (c["ratio"] == 1).all() and not any(clipped)
+    _, c, _, clipped, _ = explained(capsys, first_run, "The acting in", "--clip", 0.003)
+    edge = np.isin(c["ratio"], (0.997, 1.003))
+    assert (c["ratio"][clipped] != 1).all() and edge[clipped].all() and any(clipped)
+    assert (np.abs(c["ratio"] - 1) < 0.0031).all()
+    _, c, _, _, _ = explained(capsys, first_run, "The acting in", "--clip", 0.5)
+    assert ((c["A"] - c["A"].mean()) * (c["ratio"] - 1)).sum() > 0
 
 
-@pytest.mark.parametrize("judged_by_truth", [False, True])
-def test_evaluate_compares_both_policies_on_the_same_prompts(judged_by_truth):
-    """Means, the win rate with ties half, KL(π‖π_ref) by k1: recomputed from the samples."""
-    policy, reference = tiny_policy(0), tiny_gpt(1)
-    prompts = [list(x) for x in RAGGED] * 9
-    config = Config(max_new_tokens=3, block_size=12, ppo_batch_size=7, minibatch_size=7,
-                    eval_prompts=16, temperature=0.9)
+def test_explain_is_in_colour_on_a_terminal_only_and_not_where_no_color_is_set(
+        first_run, capsys, monkeypatch):
+    """A in green above 0, else in red; without the colours the text is the same."""
+    plain, c, *_ = explained(capsys, first_run, "The")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert explained(capsys, first_run, "The")[0] == plain and "\033" not in plain
+    monkeypatch.delenv("NO_COLOR")
+    rlhf.main(["explain", "--out_dir", str(first_run.out), "The"])
+    coloured = capsys.readouterr().out
+    assert re.sub(r"\033\[\d+m", "", coloured) == plain
+    assert [code == "32" for code in re.findall(r"\033\[(3\d)m", coloured)] == (c["A"] > 0).tolist()
 
-    def learned(r):
-        return torch.tensor([float(len(a[m].tolist()) % 2) for a, m in zip(r.actions, r.mask)])
 
-    record, samples = rlhf.evaluate(policy, reference, learned, prompts, config,
-                                    score_rollout if judged_by_truth else None)
-    again, _ = rlhf.evaluate(policy, reference, learned, prompts, config,
-                             score_rollout if judged_by_truth else None)
-    assert record == again
-    assert [sample["prompt"] for sample in samples] == prompts[:16]
-    wins, kls = 0.0, []
-    for sample in samples:
-        score = {}
-        for side in ("lm", "ppo"):
-            y = sample[side]
-            assert 1 <= len(y) <= 3 and 3 not in y[:-1]
-            assert sample[f"reward_{side}"] == len(y) % 2 and sample[f"length_{side}"] == len(y)
-            assert sample[f"ended_{side}"] == (y[-1] == 3)
-            score[side] = structured_score(y) if judged_by_truth else len(y) % 2
-            if judged_by_truth:
-                assert sample[f"true_reward_{side}"] == pytest.approx(score[side], abs=1e-5)
-        gap = score["ppo"] - score["lm"]
-        wins += (gap > 1e-6) + 0.5 * (abs(gap) < 1e-6)
-        states = [sample["prompt"] + sample["ppo"][:t] for t in range(len(sample["ppo"]))]
-        kls.append(sum((log_pi(policy, s, 0.9)[a] - log_pi(reference, s, 0.9)[a]).item()
-                       for s, a in zip(states, sample["ppo"])))
-        assert sample["kl"] == pytest.approx(kls[-1], abs=1e-8)
-    for name in ["reward_lm", "reward_ppo", "length_lm", "length_ppo", "ended_lm", "ended_ppo",
-                 "kl"] + ["true_reward_lm", "true_reward_ppo"] * judged_by_truth:
-        assert record[name] == pytest.approx(np.mean([s[name] for s in samples]), abs=1e-8), name
-    assert record["win_rate"] == wins / 16
-    assert (record["win_rate_low"], record["win_rate_high"]) == rlhf.wilson(wins, 16)
-    assert record["distinct_ppo"] == len({tuple(s["ppo"]) for s in samples}) / 16
-    if judged_by_truth:
-        true, reward = [[s[f"{name}_lm"] for s in samples] for name in ("true_reward", "reward")]
-        assert record["true_reward_std_lm"] == pytest.approx(np.std(true, ddof=1), abs=1e-8)
-        assert record["reward_correlation_lm"] == pytest.approx(np.corrcoef(true, reward)[0, 1])
-    else:
-        assert "true_reward_lm" not in record
-    same, _ = rlhf.evaluate(reference, reference, lambda r: torch.zeros(len(r.mask)), prompts,
-                            config)
-    assert same["win_rate"] == 0.5 and same["kl"] == pytest.approx(0, abs=1e-10)
+def test_what_explain_cannot_do_is_one_line(first_run, tmp_path, capsys):
+    """No run, a step that was not kept, files of another version."""
+    assert "lm.pt: no such file" in refused(capsys, "explain", "--out_dir", tmp_path)
+    assert "--step" in refused(capsys, "explain", "--step", "3")
+    assert "--step is for explain" in refused(capsys, "--step", "0")
+    out, _ = copied(first_run, tmp_path)
+    checkpoint = load_checkpoint(out / "policy.pt")
+    for key, value in (("config", {"no_such_field": 1}), ("weights", {})):
+        save_checkpoint(out / "policy.pt", checkpoint | {key: value})
+        for arguments in (["explain"], ["sample", "The"]):
+            line = refused(capsys, *arguments, "--out_dir", out)
+            assert "policy.pt: not a checkpoint of this version's" in line
+
+
+def test_best_of_n_is_averaged_over_all_subsets_of_n_samples():
+    """E[value of the best-scored of n]: by weights, and by listing every subset."""
+    scores, values = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0)).double()
+    for n in (1, 2, 5, 6):
+        listed = [values[row, max(subset, key=lambda i: scores[row, i])]
+                  for row in range(3) for subset in itertools.combinations(range(6), n)]
+        assert frontier.expected_best(scores, values, n) == pytest.approx(float(np.mean(listed)))
+
+
+def test_the_frontier_measures_ppo_and_best_of_n_and_goes_on_where_it_was(
+        tmp_path, monkeypatch, capsys, no_picture):
+    """KL of best-of-n is log n − (n−1)/n; gains are in std of the language model; done is done."""
+    data = small_data(tmp_path / "data")
+    (data / "tokenizer.tiktoken").write_bytes((dataset.SHIPPED / "tokenizer.tiktoken").read_bytes())
+    monkeypatch.setattr(dataset, "SHIPPED", data.resolve())
+    configs = [Config(**SIZES | {"ppo_iterations": 2, "kl_coef": kl_coef}, data_dir=str(data),
+                      out_dir=str(tmp_path / "frontier" / "seed0")) for kl_coef in (0.0, 0.5)]
+    real = frontier.best_of_n
+    monkeypatch.setattr(frontier, "best_of_n", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # stopped in the last of three jobs
+        frontier.study(configs, tmp_path, samples=4, prompts=2)
+    monkeypatch.setattr(frontier, "best_of_n", real)
+    monkeypatch.setattr(frontier, "ppo", lambda *a: 1 / 0)  # and goes on there
+    records = frontier.study(configs, tmp_path, samples=4, prompts=2)
+    assert records == frontier.study(configs, tmp_path, samples=4, prompts=2)
+    assert records == dataset.read_records(tmp_path / "frontier.jsonl")
+    assert [(r["method"], r.get("kl_coef")) for r in records] == [
+        ("ppo", 0.0), ("ppo", 0.5), ("best_of_n", None)]
+    ppo, best = records[1], records[2]
+    samples = dataset.read_records(tmp_path / "frontier" / "seed0" / "samples.jsonl")
+    for name in ("reward", "true_reward"):
+        lm = [sample[f"{name}_lm"] for sample in samples]
+        assert ppo[name] == pytest.approx(np.mean([sample[f"{name}_ppo"] for sample in samples]))
+        assert frontier.gain(ppo, name, max(lm)) == pytest.approx(
+            (max(lm) - np.mean(lm)) / np.std(lm, ddof=1))
+        assert best[name][0] == pytest.approx(best[f"{name}_lm"])  # the best of 1 is any
+    assert best["n"] == [1, 2, 4] and best["reward"] == sorted(best["reward"])
+    assert best["kl"] == pytest.approx([0, math.log(2) - 1 / 2, math.log(4) - 3 / 4])
+    assert len(ppo["path"]) == 2 and ppo["kl"] == pytest.approx(np.mean([s["kl"] for s in samples]))
+    if importlib.util.find_spec("matplotlib"):
+        frontier.main(["--draw", "--out_dir", str(tmp_path)])
+        assert (tmp_path / "frontier.png").read_bytes()[1:4] == b"PNG"
+    with pytest.raises(SystemExit) as caught:
+        frontier.main(["--draw", "--out_dir", str(tmp_path / "no")])
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("frontier.py: [Errno 2]")
+
+
+LINE_LINK = re.compile(r"\[`(\w+)`\]\(([\w./]+\.py)#L(\d+)\)")  # [`gae`](rlhf.py#L300)
+FILE = re.compile(r"[\w/*-]*\w\.(?:py|md|jsonl?|txt|tiktoken|png|pt|bin|safetensors)\b")
+REFRESH = "python -c 'import test_rlhf; test_rlhf.refresh_links()'"
+
+
+@functools.cache
+def definitions(path):
+    """{name: its line} of the functions and classes of a file, the first where there are more."""
+    lines = enumerate(path.read_text("utf-8").splitlines(), 1)
+    found = [(m[1], i) for i, line in lines if (m := re.match(r" *(?:def|class) (\w+)", line))]
+    return dict(reversed(found))
+
+
+@functools.cache
+def known_names():
+    """Every name in the program's code and every word of its strings; no comment or docstring."""
+    names = set(definitions(REPO / "test_rlhf.py"))
+    for path in [REPO / "rlhf.py", REPO / "model.py", *(REPO / "data").glob("*.py")]:
+        tree = ast.parse(path.read_text("utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            for field in ("name", "arg", "id", "attr", "module"):
+                names.update(str(getattr(node, field, "")).split("."))
+            if isinstance(getattr(node, "value", None), str) and id(node) not in docstrings:
+                names.update(node.value.split())
+        names.add(path.stem)
+    return names
+
+
+def faults(text, folder=REPO):
+    """What a page of prose names and is not there: links, lines, tests, commands, flags, files,
+    and in `code` any name."""
+    text, tests, bad = re.sub(r"https?://[^\s)]+", "", text), definitions(REPO / "test_rlhf.py"), []
+
+    def need(ok, fault):
+        bad.extend([] if ok else [fault])
+
+    for target in re.findall(r"\]\(([^)#]*)[^)]*\)", text):
+        need((folder / target).exists(), f"no file {target}")
+    for label, target in re.findall(r"\[([^][]*)\]\(([^)]*#L[^)]*)\)", text):
+        need(LINE_LINK.match(f"[{label}]({target})"), f"{target} is not linked by a `name`")
+    for name, path, line in LINE_LINK.findall(text):
+        at = definitions(folder / path).get(name) if (folder / path).exists() else None
+        need(at == int(line), f"{path}#L{line} is not {name}, which is at {at}; {REFRESH}")
+    for name in re.findall(r"\btest_\w+", text):
+        need(name in tests or name == "test_rlhf", f"no test {name}")
+    for part in re.findall(r"pytest.* -k (\w+)", text):
+        need(any(part in name for name in tests), f"no test with {part} in its name")
+    for word in re.findall(r"python3? rlhf\.py ([a-z]\w*)", text):
+        need(word in ("run", "sample", "explain"), f"no command {word}")
+    for flag in re.findall(r"(?<![\w-])--[a-z]\w*", text):
+        need(flag in known_names() or hasattr(Config, flag[2:]), f"no flag {flag}")
+    for name in FILE.findall(text):
+        there = (REPO / name).exists() or (folder / name).exists()
+        need(there or Path(name).name in known_names(), f"no file {name}")
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for name in re.findall(r"`([A-Za-z_][\w.]*)(?:\([^()`]*\))?`", prose):
+        for part in [] if FILE.fullmatch(name) else name.split("."):
+            need(part in known_names(), f"no {part} in the code")
+    return bad
+
+
+def refresh_links():
+    """Set the line numbers of the README's links to those of the definitions."""
+    page = REPO / "README.md"
+    page.write_text(LINE_LINK.sub(
+        lambda m: f"[`{m[1]}`]({m[2]}#L{definitions(REPO / m[2]).get(m[1], m[3])})",
+        page.read_text("utf-8")), "utf-8")
+
+
+@pytest.mark.parametrize("page", ["README.md", "data/README.md"])
+def test_what_the_prose_names_is_there(page):
+    """Functions, flags, files, tests, and the line of each link."""
+    path = REPO / page
+    assert not faults(path.read_text("utf-8"), path.parent), "\n".join(
+        faults(path.read_text("utf-8"), path.parent))
+
+
+@pytest.mark.parametrize("text, fault", [
+    ("`gae`, `gae(rewards, values)`, `Config.lam`, `lm.pt`, `--kl_coef`, `data/curves.py`", None),
+    ("`gea`", "no gea "), ("`Config.lamb`", "no lamb "), ("`rollout_all(x)`", "no rollout_all "),
+    ("python rlhf.py --kl_coeff 1", "no flag --kl_coeff"), ("`data/mak.py`", "no file data/mak"),
+    ("`lmm.pt`", "no file lmm.pt"), ("as `test_gae_by_heart` shows", "no test test_gae_by_heart"),
+    ("pytest -k no_such", "no test with no_such"), ("python rlhf.py trian", "no command trian"),
+    ("[x](data/none.md)", "no file data/none.md"), ("![p](data/none.png)", "no file data/none.png"),
+    ("[here](rlhf.py#L1)", "rlhf.py#L1 is not linked by"), ("[`gae`](rlhf.py#L1)", "is not gae"),
+    ("[`gea`](rlhf.py#L1)", "is not gea, which is at None")])
+def test_prose_that_names_what_is_not_there_is_caught(text, fault):
+    """Each kind of fault, planted: else the test above could not fail."""
+    assert (fault is None and not faults(text)) or any(fault in found for found in faults(text))
+
+
+def test_the_readme_follows_the_lecture_and_its_equations_are_closed():
+    """25 chapters in the order of their time stamps, each with an equation and a link to code."""
+    page = (REPO / "README.md").read_text("utf-8")
+    sections = page.split("\n## The derivation")[1].split("\n## ")[0].split("\n### ")[1:]
+    times = [[int(x) for x in section.splitlines()[0].split(" · ")[1].split(":")]
+             for section in sections]
+    seconds = [functools.reduce(lambda total, x: 60 * total + x, time) for time in times]
+    assert len(sections) == 25 and seconds == sorted(seconds)
+    for section in sections:
+        title = section.splitlines()[0]
+        equation = re.findall(r"```math\n(.*?)\n```", section, re.DOTALL)
+        assert len(equation) == 1 and LINE_LINK.search(section), title
+        assert re.search(r"\[`test_\w+`\]\(test_rlhf.py#L", section), title
+        assert equation[0].count("{") == equation[0].count("}"), title
+        assert not re.search(r"\\operatorname|\\text\{[^}]*_", equation[0]), title  # GitHub refuses
+        assert section.count("```") % 2 == 0, title
+
+
+def test_importing_defines_and_does_nothing_else(monkeypatch, tmp_path):
+    """No line printed, no file opened to write, no generator touched."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.print", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("builtins.open", lambda *a, **k: 1 / 0)
+    before = torch.get_rng_state(), random.getstate(), torch.get_num_threads()
+    for name in ("rlhf.py", "model.py", "data/dataset.py", "data/annotator.py"):
+        assert runpy.run_path(str(REPO / name), run_name="imported")
+    assert torch.equal(torch.get_rng_state(), before[0]) and not os.listdir(tmp_path)
+    assert (random.getstate(), torch.get_num_threads()) == before[1:]
+
+
+def test_the_notebook_lines_of_the_readme_train_what_a_run_trains(first_run, monkeypatch, capsys):
+    """The very lines, under a Config of reduced size: the weights are those of `rlhf.py`."""
+    section = (REPO / "README.md").read_text("utf-8").split("## From a notebook")[1]
+    lines = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    monkeypatch.setattr(rlhf, "Config", lambda **given: dataclasses.replace(
+        first_run.config, out_dir="nowhere", **given))
+    names = {}
+    exec(lines, names)
+    for name, file in (("lm", "lm.pt"), ("reward_model", "reward.pt"), ("policy", "policy.pt")):
+        assert same(names[name].state_dict(), weights(first_run.out, file)), name
+    assert len(names["history"]) == 3 and not (REPO / "nowhere").exists()
+    assert names["record"]["win_rate"] == first_run.record["win_rate"]
+    assert capsys.readouterr().out.startswith(str(names["record"]["win_rate"]))
 
 
 # =================================================================================================
 # The program: the command line
 # =================================================================================================
-
 
 @pytest.fixture(autouse=True)
 def keep_the_signal_handler():
@@ -2465,10 +2467,10 @@ def keep_the_signal_handler():
     signal.signal(signal.SIGINT, before)
 
 
-def refused(capsys, *arguments):
-    """main() ends with status 2 and one line on stderr, which is returned."""
+def refused(capsys, *arguments, entry=rlhf.main):
+    """It ends with status 2 and one line on stderr, which is returned."""
     with pytest.raises(SystemExit) as caught:
-        rlhf.main([str(a) for a in arguments])
+        entry([str(a) for a in arguments])
     output = capsys.readouterr()
     assert caught.value.code == 2, (caught.value.code, output.err)
     assert output.err.count("\n") == 1 and output.err.startswith("rlhf.py: "), output.err
@@ -2494,9 +2496,9 @@ def test_a_setting_out_of_range_is_refused_in_one_line_that_names_it(capsys, fie
     """Exit status 2 before anything is read or trained; values at the edge are accepted."""
     bad, good = EDGES[field]
     for value in bad:
-        assert field in refused(capsys, f"--{field}={value}"), value
+        assert field in refused(capsys, f"--{field}={value}", entry=rlhf.parse), value
     for value in good:
-        _, _, config, _ = rlhf.parse([f"--{field}={value}"])
+        _, _, config, _, _ = rlhf.parse([f"--{field}={value}"])
         assert getattr(config, field) == (None if value == "none" else value)
 
 
@@ -2507,33 +2509,30 @@ def test_settings_of_the_wrong_kind_are_refused(capsys):
         with pytest.raises(ValueError, match=f"^{field} is "):
             Config(**{field: value})
     assert Config(kl_coef=0, kl_target=None).kl_coef == 0
-    for arguments in (["--n_layer", "two"], ["--lam", "x"], ["--kl_target", "x"], ["--nope"],
-                      ["--seed"], ["train"], ["--n_lay", "1"]):
-        refused(capsys, *arguments)
-    assert "sample needs a prompt" in refused(capsys, "sample")
-    assert "'prompt'" in refused(capsys, "run", "prompt")
+    for words, problem in (("--n_layer two", "n_layer"), ("--lam x", "lam"), ("--kl_target x", "x"),
+                           ("--nope", "--nope"), ("--seed", "--seed"), ("train", "train"),
+                           ("--n_lay=1", "--n_lay"), ("sample", "sample needs a prompt"),
+                           ("run prompt", "'prompt'")):
+        assert problem in refused(capsys, *words.split(), entry=rlhf.parse)
 
 
 def test_every_field_is_a_flag_with_a_line_of_help(capsys):
     """--help lists the fields by stage, each with its comment and default."""
     with pytest.raises(SystemExit) as caught:
         rlhf.main(["--help"])
-    text = capsys.readouterr().out
+    text, groups = " ".join(capsys.readouterr().out.split()), rlhf.field_groups()
     assert caught.value.code == 0
-    groups = rlhf.field_groups()
     assert list(groups) == ["general", "language model", "reward model", "rollout", "ppo",
                             "evaluation"]
-    assert [f for fields in groups.values() for f in fields] == [
-        f.name for f in dataclasses.fields(Config)]
-    flat = " ".join(text.split())
-    for name, comment in (item for fields in groups.values() for item in fields.items()):
-        assert f"--{name}" in text and " ".join(comment.split()[:3]) in flat, name
-    command, prompt, config, fresh = rlhf.parse(
-        "--lam 0.5 --data d --seed 3 --out_dir o --fresh --kl_target none".split())
-    assert (command, prompt, fresh) == ("run", None, "language_model")
-    assert config == Config(lam=0.5, data_dir="d", seed=3, out_dir="o", kl_target=None)
+    comments = dict(item for fields in groups.values() for item in fields.items())
+    assert list(comments) == [f.name for f in dataclasses.fields(Config)]
+    for name, comment in comments.items():
+        assert f"--{name}" in text and " ".join(comment.split()[:3]) in text, name
+    flags = "--lam 0.5 --data d --seed 3 --out_dir o --fresh --kl_target none".split()
+    config = Config(lam=0.5, data_dir="d", seed=3, out_dir="o", kl_target=None)
+    assert rlhf.parse(flags) == ("run", None, config, "language_model", None)
     assert rlhf.parse(["sample", "The acting in"])[:2] == ("sample", "The acting in")
-    assert rlhf.parse([]) == ("run", None, Config(), None)
+    assert rlhf.parse([]) == ("run", None, Config(), None, None)
     assert rlhf.parse(["--fresh", "ppo"])[3] == "ppo"
 
 
@@ -2555,11 +2554,12 @@ def small_data(directory):
 def first_run(tmp_path_factory):
     """A whole run at reduced size, its folder, and what it returned."""
     base = tmp_path_factory.mktemp("run")
+    config = Config(**SIZES, data_dir=str(small_data(base / "data")), out_dir=str(base / "out"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(curves, "draw", lambda out: "")  # importing the plotter takes longer
-        config = Config(**SIZES, data_dir=str(small_data(base / "data")), out_dir=str(base / "out"))
         record = rlhf.run(config)
-    return SimpleNamespace(config=config, record=record, out=base / "out", data=base / "data")
+    return SimpleNamespace(config=config, record=record, out=base / "out", data=base / "data",
+                           log=dataset.read_records(base / "out" / "log.jsonl"))
 
 
 @pytest.fixture
@@ -2571,69 +2571,50 @@ def weights(out, name="policy.pt"):
     return load_checkpoint(Path(out) / name)["weights"]
 
 
-def same_weights(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def test_broken_input_ends_before_training_with_status_2_and_one_line(tmp_path, capsys):
     """An unknown flag, a missing directory, a broken line: no traceback, nothing is written."""
-    broken = write_data(tmp_path / "broken", [GOOD_LINE, "{oops"])
     out = tmp_path / "out"
-    assert "no such directory" in refused(capsys, "--data", tmp_path / "none", "--out_dir", out)
-    assert "preferences.jsonl:2: " in refused(capsys, "--data", broken, "--out_dir", out)
+    broken = write_data(tmp_path / "broken", [GOOD_LINE, "{oops"])
     fine = write_data(tmp_path / "fine", [GOOD_LINE])
-    assert "device is 'abacus'" in refused(capsys, "--device", "abacus", "--data", fine,
-                                           "--out_dir", out)
-    assert "lm.pt" in refused(capsys, "sample", "The", "--out_dir", out)
-    assert not out.exists()
-    for arguments in (["--nope"], ["--data", broken, "--out_dir", out]):
-        done = python(REPO / "rlhf.py", *arguments)
-        assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.startswith("rlhf.py: ") and done.stderr.count("\n") == 1
-        assert "Traceback" not in done.stderr
-    assert not out.exists()
+    for arguments, problem in ((["--data", tmp_path / "none"], "no such directory"),
+                               (["--data", broken], "preferences.jsonl:2: "),
+                               (["--data", fine, "--device", "abacus"], "device is 'abacus'"),
+                               (["sample", "The"], "lm.pt")):
+        assert problem in refused(capsys, *arguments, "--out_dir", out)
+    done = python(REPO / "rlhf.py", "--data", broken, "--out_dir", out)  # as from a shell
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("rlhf.py: ") and not out.exists()
 
 
 EVALUATION_KEYS = (
     "reward_lm reward_ppo win_rate win_rate_low win_rate_high kl ended_lm ended_ppo length_lm "
     "length_ppo reward_model_accuracy language_model_loss seconds seconds_language_model "
     "seconds_reward_model seconds_ppo seconds_evaluation").split()
-PPO_KEYS = ("reward kl kl_k3 entropy approx_kl clip_fraction explained_variance value_loss length "
-            "ended rollout_tokens_per_s update_tokens_per_s").split()
 
 
 def test_a_run_leaves_what_the_command_line_promises(first_run):
     """lm.pt, reward.pt, policy.pt, log.jsonl, samples.jsonl; the last record is the evaluation."""
-    out, record = first_run.out, first_run.record
+    out, record, config, log = first_run.out, first_run.record, first_run.config, first_run.log
     assert sorted(os.listdir(out)) == ["lm.pt", "log.jsonl", "policy.pt", "reward.pt",
                                        "samples.jsonl"]
-    log = dataset.read_records(out / "log.jsonl")
-    assert {"stage", "step", "seconds"} <= set.intersection(*map(set, log))
-    stages = [row["stage"] for row in log]
-    assert list(dict.fromkeys(stages)) == ["language_model", "reward_model", "ppo", "evaluation"]
-    assert stages[-1] == "evaluation" and stages.count("evaluation") == 1
-    assert {"stage": "evaluation", "step": 1, **record} == log[-1]
-    assert [row["step"] for row in log if row["stage"] == "ppo"] == [1, 2, 3]
+    data, steps = dataset.load(first_run.data, 128, 8), {"ppo": [1, 2, 3], "evaluation": [1]}
+    for stage, n in (
+            ("language_model", math.ceil(len(data.train.documents) / config.lm_batch_size)),
+            ("reward_model", math.ceil(len(data.train.pairs) / config.rm_batch_size))):
+        steps[stage] = sorted({*range(10, n, 10), n})  # every tenth step, and the last
+    assert [(row["stage"], row["step"]) for row in log] == [
+        (stage, step) for stage in ("language_model", "reward_model", "ppo", "evaluation")
+        for step in steps[stage]]
+    assert log[-1] == {"stage": "evaluation", "step": 1, **record}
+    keys = {"ppo": PPO_KEYS, "evaluation": EVALUATION_KEYS}
     for row in log:
-        for key in PPO_KEYS if row["stage"] == "ppo" else ["seconds"]:
-            assert math.isfinite(row[key])
-    config, train = first_run.config, dataset.load(first_run.data, 128, 8).train
-    for stage, steps in (
-            ("language_model",
-             config.lm_epochs * math.ceil(len(train.documents) / config.lm_batch_size)),
-            ("reward_model", config.rm_epochs * math.ceil(len(train.pairs) / config.rm_batch_size))):
-        rows = [row for row in log if row["stage"] == stage]
-        expected = sorted({*range(10, steps, 10), steps})  # every tenth step, and the last
-        assert [row["step"] for row in rows] == expected
-        assert all({"loss", "grad_norm"} <= row.keys() for row in rows)
-    for key in EVALUATION_KEYS:
-        assert math.isfinite(record[key]), key
+        for key in ["seconds", *keys.get(row["stage"], ["loss", "grad_norm"])]:
+            assert math.isfinite(row[key]), (row["stage"], key)
     assert record["seconds"] == pytest.approx(sum(
         v for k, v in record.items() if k.startswith("seconds_")))
     assert not any(key.startswith("true") for key in record)  # not the shipped data
     samples = dataset.read_records(out / "samples.jsonl")
-    held = dataset.load(first_run.data, 128, 8)
-    assert [s["prompt"] for s in samples] == [held.text(p) for p in held.held_out.prompts[:6]]
+    assert [s["prompt"] for s in samples] == [data.text(p) for p in data.held_out.prompts[:6]]
     for sample in samples:
         assert {"prompt", "lm", "ppo", "reward_lm", "reward_ppo", "kl"} <= sample.keys()
         assert isinstance(sample["lm"], str) and isinstance(sample["ppo"], str)
@@ -2642,56 +2623,46 @@ def test_a_run_leaves_what_the_command_line_promises(first_run):
 
 def test_the_figures_of_a_run_are_those_of_its_checkpoints(first_run):
     """Loaded again: the language model's loss, the reward model's accuracy, the held-out rows."""
-    data = dataset.load(first_run.data, 128, 8)
-    checkpoints = {name: load_checkpoint(first_run.out / name)
-                   for name in ("lm.pt", "reward.pt", "policy.pt")}
-    lm = GPT(GPTConfig(**checkpoints["lm.pt"]["model"]))
-    assert lm.config == GPTConfig(1024, 128, 1, 2, 16, 1023)
-    lm.load_state_dict(checkpoints["lm.pt"]["weights"])
-    model = RewardModel(lm)
-    model.load_state_dict(checkpoints["reward.pt"]["weights"])
-    assert first_run.record["language_model_loss"] == pytest.approx(
-        rlhf.language_model_loss(lm, data.held_out.documents))
-    assert first_run.record["reward_model_accuracy"] == rlhf.reward_model_accuracy(
-        model, data.held_out.pairs)
-    for checkpoint in checkpoints.values():
+    record, held = first_run.record, dataset.load(first_run.data, 128, 8).held_out
+    lm, reward, policy = [load_checkpoint(first_run.out / name) for name in rlhf.FILES.values()]
+    gpt = GPT(GPTConfig(**lm["model"]))
+    gpt.load_state_dict(lm["weights"])
+    model = RewardModel(gpt)
+    model.load_state_dict(reward["weights"])
+    assert gpt.config == GPTConfig(1024, 128, 1, 2, 16, 1023)
+    loss, accuracy = rlhf.language_model_loss(gpt, held.documents), record["reward_model_accuracy"]
+    assert record["language_model_loss"] == pytest.approx(loss)
+    assert rlhf.reward_model_accuracy(model, held.pairs) == accuracy
+    for checkpoint in (lm, reward, policy):
         assert checkpoint["done"] and Config(**checkpoint["config"]) == first_run.config
         assert checkpoint["state"]["step"] > 0 and "optimizer" in checkpoint["state"]
-    policy = ActorCritic(lm)
-    policy.load_state_dict(checkpoints["policy.pt"]["weights"])
-    assert not torch.equal(policy.gpt.wte.weight, lm.wte.weight)
+    assert not torch.equal(policy["weights"]["gpt.wte.weight"], gpt.wte.weight)
 
 
-def copied(first_run, tmp_path):
-    """The first run's folder again, for a test that goes on from it."""
-    out = tmp_path / "out"
-    out.mkdir()
-    for name in os.listdir(first_run.out):
-        (out / name).write_bytes((first_run.out / name).read_bytes())
-    return out
+def copied(first_run, tmp_path, **settings):
+    """(folder, Config) of a copy of the first run, for a test that goes on from it."""
+    out = shutil.copytree(first_run.out, tmp_path / "out")
+    return out, dataclasses.replace(first_run.config, out_dir=str(out), **settings)
 
 
 def figures(record):
-    return {k: v for k, v in record.items() if not k.startswith("seconds")}
+    """What does not depend on the clock."""
+    return {k: v for k, v in record.items() if "seconds" not in k and "per_s" not in k}
 
 
 def test_a_second_identical_run_loads_every_stage_and_gives_the_same_figures(first_run, tmp_path):
-    """In a process of its own, from the command line; then `sample` prints both columns."""
-    out = copied(first_run, tmp_path)
+    """In a process of its own, from the command line, with the picture."""
+    out, _ = copied(first_run, tmp_path)
     done = python(REPO / "rlhf.py", *FLAGS, "--data", first_run.data, "--out_dir", out)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    for stage in ("language_model", "reward_model", "ppo"):
-        assert f"{stage}: is loaded" in done.stdout
-    log = dataset.read_records(out / "log.jsonl")
-    assert figures({k: v for k, v in log[-1].items() if k not in ("stage", "step")}) == figures(
-        first_run.record)
-    assert len(log) == len(dataset.read_records(first_run.out / "log.jsonl"))
+    for text in ("language_model: is loaded", "reward_model: is loaded", "ppo: is loaded",
+                 "reward_model_accuracy", "language_model_loss", "ended", "before", "after",
+                 f"{first_run.record['win_rate']:.3f}"):
+        assert text in done.stdout
+    assert list(map(figures, dataset.read_records(out / "log.jsonl"))) == list(
+        map(figures, first_run.log))
     assert (out / "samples.jsonl").read_bytes() == (first_run.out / "samples.jsonl").read_bytes()
-    assert same_weights(weights(out), weights(first_run.out))
-    for name in ("reward_model_accuracy", "win_rate", "language_model_loss", "ended"):
-        assert name in done.stdout
-    assert f"{first_run.record['win_rate']:.3f}" in done.stdout
-    assert "before" in done.stdout and "after" in done.stdout
+    assert same(weights(out), weights(first_run.out))
     if importlib.util.find_spec("matplotlib"):
         assert (out / "curves.png").read_bytes()[1:4] == b"PNG"
     else:
@@ -2700,76 +2671,67 @@ def test_a_second_identical_run_loads_every_stage_and_gives_the_same_figures(fir
 
 def test_sample_prints_both_columns_with_score_and_kl(first_run, capsys):
     """`sample PROMPT`: continuations by the language model and by the policy, side by side."""
-    arguments = ["sample", "The acting in", "--out_dir", str(first_run.out), "--data",
-                 str(first_run.data)]
-    rlhf.main(arguments)
-    text = capsys.readouterr().out
+    def sample(*more):
+        rlhf.main(["sample", "The acting in", "--out_dir", str(first_run.out), "--data",
+                   str(first_run.data), *more])
+        return capsys.readouterr().out
+
+    text = sample()
     lines = [line for line in text.splitlines() if "|" in line]
     assert text.startswith("The acting in")
     assert [side.strip() for side in lines[0].split(" | ")] == ["language model", "PPO policy"]
     heads = [line for line in lines if "[score" in line]
     assert len(heads) == 3 and all(line.count("[score") == line.count("KL") == 2 for line in heads)
     assert all("KL 0.0]" in line.replace("-0.0]", "0.0]").split(" | ")[0] for line in heads)
-    rlhf.main(arguments)
-    assert capsys.readouterr().out == text
-    rlhf.main(arguments + ["--seed", "1"])
-    assert capsys.readouterr().out != text
+    assert sample() == text != sample("--seed", "1")
 
 
-@pytest.mark.parametrize("change, redone", [
-    ({"kl_coef": 0.2}, ["ppo"]), ({"max_new_tokens": 7}, ["reward_model", "ppo"]),
-    ({"rm_lr": 2e-3}, ["reward_model", "ppo"]), ({"lam": 0.9}, ["ppo"]),
-    ({"lm_lr": 1e-3}, ["language_model", "reward_model", "ppo"]),
-    ({"seed": 1}, ["language_model", "reward_model", "ppo"]), ({"eval_prompts": 5}, [])])
-def test_a_changed_setting_refuses_the_stages_that_depend_on_it(first_run, tmp_path, change, redone,
-                                                               monkeypatch):
+@pytest.mark.parametrize("redone, changes", [
+    (["ppo"], [{"kl_coef": 0.2}, {"lam": 0.9}]),
+    (["reward_model", "ppo"], [{"max_new_tokens": 7}, {"rm_lr": 2e-3}]),
+    (["language_model", "reward_model", "ppo"], [{"lm_lr": 1e-3}, {"seed": 1}, {"data": "other"},
+                                                 {"FORMAT": 0}]),
+    ([], [{"eval_prompts": 5}, {"device": "auto"}])])
+def test_a_changed_setting_refuses_the_stages_that_depend_on_it(first_run, redone, changes,
+                                                                monkeypatch):
     """--kl_coef changed: the language model and the reward model are loaded, PPO's is not."""
     data = dataset.load(first_run.data, 128, 8)
-    config = dataclasses.replace(first_run.config, **change, device="auto")
-
-    def refused_stages(config, data):
-        found = {}
+    for change in changes:
+        (name, value), = change.items()
+        other = dataclasses.replace(data, fingerprint=change.get("data", data.fingerprint))
+        config = dataclasses.replace(first_run.config, **{
+            name: value for name, value in change.items() if name not in ("data", "FORMAT")})
+        monkeypatch.setattr(rlhf, "FORMAT", change.get("FORMAT", rlhf.FORMAT))
+        said = {"data": "other data", "FORMAT": "another version of this program"}.get(
+            name, f"{name} {getattr(first_run.config, name, None)}, now {value}")
         for stage in rlhf.FILES:
-            try:
-                found[stage] = rlhf.find_checkpoint(stage, config, data)["done"]
-            except ValueError as error:
-                found[stage] = str(error)
-        for stage, message in found.items():
-            assert message is True or f"--fresh {stage} starts over" in message
-        return {stage: message for stage, message in found.items() if message is not True}
-
-    refused_by = refused_stages(config, data)
-    assert list(refused_by) == redone
-    (name, value), = change.items()
-    for message in refused_by.values():
-        assert f"{name} {getattr(first_run.config, name)}, now {value}" in message
-    other = refused_stages(first_run.config, dataclasses.replace(data, fingerprint="of other data"))
-    assert list(other) == list(rlhf.FILES)
-    assert all("was made with other data" in message for message in other.values())
-    monkeypatch.setattr(rlhf, "FORMAT", 0)
-    other = refused_stages(first_run.config, data)
-    assert all("another version of this program" in other[stage] for stage in rlhf.FILES)
+            if stage not in redone:
+                assert rlhf.find_checkpoint(stage, config, other)["done"]
+                continue
+            with pytest.raises(ValueError) as caught:
+                rlhf.find_checkpoint(stage, config, other)
+            assert f".pt was made with {said}: --fresh {stage} starts over" in str(caught.value)
 
 
 def test_a_changed_kl_coefficient_asks_before_it_trains_ppo_anew(first_run, tmp_path, capsys,
                                                                  no_picture):
     """From the command line; and --fresh starts over, to the same weights as the first time."""
-    out = copied(first_run, tmp_path)
+    out, _ = copied(first_run, tmp_path)
     flags = [*FLAGS, "--data", str(first_run.data), "--out_dir", str(out)]
     line = refused(capsys, *flags, "--kl_coef", "0.7")
-    assert "policy.pt was made with kl_coef 0.05, now 0.7" in line and "--fresh ppo" in line
-    assert same_weights(weights(out), weights(first_run.out))
+    assert f"policy.pt was made with kl_coef {first_run.config.kl_coef}, now 0.7" in line and "--fresh ppo" in line
+    assert same(weights(out), weights(first_run.out))
     rlhf.main(flags + ["--kl_coef", "0.7", "--fresh", "ppo"])
     text = capsys.readouterr().out
     assert "language_model: is loaded" in text and "reward_model: is loaded" in text
     assert "ppo: is loaded" not in text
-    assert not same_weights(weights(out), weights(first_run.out))
+    assert not same(weights(out), weights(first_run.out))
     stages = [row["stage"] for row in dataset.read_records(out / "log.jsonl")]
     assert stages == [row["stage"] for row in dataset.read_records(first_run.out / "log.jsonl")]
     rlhf.main(flags + ["--fresh"])
     text = capsys.readouterr().out
     assert "is loaded" not in text
-    assert same_weights(weights(out), weights(first_run.out))
+    assert same(weights(out), weights(first_run.out))
 
 
 @pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(path.read_bytes()[:1000]),
@@ -2777,7 +2739,7 @@ def test_a_changed_kl_coefficient_asks_before_it_trains_ppo_anew(first_run, tmp_
 def test_a_checkpoint_that_is_cut_short_starts_its_stage_anew_unless_others_build_on_it(
         first_run, tmp_path, capsys, no_picture, spoil):
     """The reason is said; where later stages would be lost with it, --fresh is asked for."""
-    out = copied(first_run, tmp_path)
+    out, _ = copied(first_run, tmp_path)
     flags = [*FLAGS, "--data", str(first_run.data), "--out_dir", str(out)]
     spoil(out / "lm.pt")
     line = refused(capsys, *flags)
@@ -2789,80 +2751,73 @@ def test_a_checkpoint_that_is_cut_short_starts_its_stage_anew_unless_others_buil
     text = capsys.readouterr().out
     assert gone != ("ppo: starts anew, " in text and "not a readable checkpoint" in text)
     assert "reward_model: is loaded" in text and "ppo: is loaded" not in text
-    assert same_weights(weights(out), weights(first_run.out))
+    assert same(weights(out), weights(first_run.out))
+
+
+def ends_as(first_run, out, record):
+    """The same weights, the same log, the same figures: bit for bit."""
+    assert figures(record) == figures(first_run.record)
+    assert list(map(figures, dataset.read_records(Path(out) / "log.jsonl"))) == list(
+        map(figures, first_run.log))
+    assert all(same(weights(out, name), weights(first_run.out, name))
+               for name in rlhf.FILES.values())
 
 
 def test_a_run_that_was_interrupted_ends_bit_identical(first_run, tmp_path, no_picture):
     """Stopped again and again, in every stage: the same weights, the same log, the same figures."""
     config = dataclasses.replace(first_run.config, out_dir=str(tmp_path / "out"))
-    stops, record = [], None
-    while record is None:
+    stopped, record = set(), None
+    for limit in (5, 1, 9, 4, 1, 99):  # it is asked once a step: 14 of them, 9, and 3
         calls = itertools.count()
-        limit = (3, 2, 5, 1, 4)[len(stops) % 5]  # it is asked once a step
         try:
             record = rlhf.run(config, interrupted=lambda: next(calls) >= limit)
         except KeyboardInterrupt:
-            stops.append([load_checkpoint(path)["state"]["step"] for path in (
-                Path(config.out_dir) / name for name in ("lm.pt", "reward.pt", "policy.pt"))
-                if path.exists()])
-        assert len(stops) < 30
-    assert {len(steps) for steps in stops} == {1, 2, 3}  # it was stopped in each stage
-    for name in ("lm.pt", "reward.pt", "policy.pt"):
-        assert same_weights(weights(config.out_dir, name), weights(first_run.out, name)), name
-    assert figures(record) == figures(first_run.record)
-
-    def steps(out):
-        return [{k: v for k, v in row.items() if "seconds" not in k and "per_s" not in k}
-                for row in dataset.read_records(Path(out) / "log.jsonl")]
-    assert steps(config.out_dir) == steps(first_run.out)
+            stopped.add(len(list((tmp_path / "out").glob("*.pt"))))
+    assert stopped == {1, 2, 3}  # it was stopped in each stage
+    ends_as(first_run, config.out_dir, record)
 
 
-@pytest.mark.parametrize("save_every", [0, 1e9])
+@pytest.mark.parametrize("saved", [True, False])
 def test_a_run_that_was_killed_in_ppo_ends_bit_identical(first_run, tmp_path, monkeypatch, capsys,
-                                                         no_picture, save_every):
+                                                         no_picture, saved):
     """Nothing is saved on the way out: the last checkpoint and (seed, stage, k) are enough."""
-    monkeypatch.setattr(rlhf, "SAVE_EVERY", save_every)
-    out = copied(first_run, tmp_path)
+    monkeypatch.setattr(rlhf, "SAVE_EVERY", 0 if saved else time.perf_counter())
+    out, config = copied(first_run, tmp_path)
     (out / "policy.pt").unlink()
-    config = dataclasses.replace(first_run.config, out_dir=str(out))
-    real, calls = rlhf.collect, []
+    real, calls = rlhf.collect, itertools.count()
 
     def killed_at_the_third(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
+        if next(calls) == 2:
             raise MemoryError
         return real(*arguments)
 
     monkeypatch.setattr(rlhf, "collect", killed_at_the_third)
     with pytest.raises(MemoryError):
         rlhf.run(config)
-    assert (out / "policy.pt").exists() == (save_every == 0)
-    if save_every == 0:
+    assert (out / "policy.pt").exists() == saved
+    if saved:
         checkpoint = load_checkpoint(out / "policy.pt")
         assert not checkpoint["done"] and 1 <= checkpoint["state"]["step"] <= 2
     dataset.append_record(out / "log.jsonl", {"stage": "ppo", "step": 9})  # never to be seen again
     capsys.readouterr()
     record = rlhf.run(config)
-    assert ("ppo: goes on at" in capsys.readouterr().out) == (save_every == 0)
-    assert same_weights(weights(out), weights(first_run.out))
-    assert figures(record) == figures(first_run.record)
-    assert [(row["stage"], row["step"]) for row in dataset.read_records(out / "log.jsonl")] == [
-        (row["stage"], row["step"]) for row in dataset.read_records(first_run.out / "log.jsonl")]
+    assert ("ppo: goes on at" in capsys.readouterr().out) == saved
+    ends_as(first_run, out, record)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(first_run, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, capsys):
     """A first Ctrl-C ends the step and saves; main says that the same command goes on."""
     def pressed(config, fresh, interrupted):
-        assert not interrupted()
+        assert config == Config(seed=3) and fresh == "ppo" and not interrupted()
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupted()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rlhf, "run", pressed)
-    with pytest.raises(SystemExit) as caught:
-        rlhf.main([])
-    assert caught.value.code == 130 and capsys.readouterr().err == (
-        "\nstopped; the same command goes on from the last checkpoint\n")
+    with pytest.raises(SystemExit, match="130"):
+        rlhf.main(["--seed", "3", "--fresh", "ppo"])
+    assert capsys.readouterr().err == (
+        "\nstopped; the same command without --fresh goes on from the last checkpoint\n")
     for presses in (1, 2):  # what ends no step leaves after a second, or at the second press
         def busy(config, fresh, interrupted):
             for _ in range(presses):
@@ -2872,14 +2827,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(first_run, tmp_path, monkeypatch, ca
 
         monkeypatch.setattr(rlhf, "run", busy)
         with pytest.raises(SystemExit) as caught:
-            rlhf.main(["--fresh"])
-        assert caught.value.code == 130 and "without --fresh goes on" in capsys.readouterr().err
+            rlhf.main([])
+        assert caught.value.code == 130 and "the same command goes on" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_ends_with_its_stage_and_step(first_run, tmp_path, capsys,
                                                                monkeypatch):
     """Status 2 and one line; the last good checkpoints stay."""
-    out = copied(first_run, tmp_path)
+    out, _ = copied(first_run, tmp_path)
     real, calls = rlhf.reward_scores, itertools.count(1)
     monkeypatch.setattr(rlhf, "reward_scores", lambda model, r: real(model, r) * (
         math.nan if next(calls) == 3 else 1))
@@ -2896,26 +2851,20 @@ def test_a_loss_that_is_not_finite_ends_with_its_stage_and_step(first_run, tmp_p
 def test_the_shipped_data_are_judged_by_the_true_reward(first_run, tmp_path, monkeypatch,
                                                         no_picture):
     """true_reward of both sides, the ceiling of noisy labels, the true reward logged in PPO."""
-    for name in ("preferences.jsonl", "corpus.txt"):
-        assert (first_run.data / name).exists()
-    shipped_copy = small_data(tmp_path / "shipped")
-    (shipped_copy / "tokenizer.tiktoken").write_bytes(SHIPPED_RANKS)
-    monkeypatch.setattr(dataset, "SHIPPED", shipped_copy.resolve())
-    config = dataclasses.replace(first_run.config, data_dir=str(shipped_copy),
-                                 out_dir=str(tmp_path / "out"), ppo_iterations=1)
-    record = rlhf.run(config)
+    copy = small_data(tmp_path / "shipped")
+    (copy / "tokenizer.tiktoken").write_bytes(b"\n".join(RANKS))
+    monkeypatch.setattr(dataset, "SHIPPED", copy.resolve())
+    record = rlhf.run(dataclasses.replace(first_run.config, data_dir=str(copy), ppo_iterations=1,
+                                          out_dir=str(tmp_path / "out")))
     samples = dataset.read_records(tmp_path / "out" / "samples.jsonl")
-    for sample in samples:
-        for side in ("lm", "ppo"):
-            assert sample[f"true_reward_{side}"] == pytest.approx(
-                annotator.true_reward(sample["prompt"], sample[side]), abs=1e-4)
     for side in ("lm", "ppo"):
-        assert record[f"true_reward_{side}"] == pytest.approx(
-            np.mean([s[f"true_reward_{side}"] for s in samples]), abs=1e-4)
+        true = [annotator.true_reward(sample["prompt"], sample[side]) for sample in samples]
+        assert [s[f"true_reward_{side}"] for s in samples] == pytest.approx(true, abs=1e-4)
+        assert record[f"true_reward_{side}"] == pytest.approx(np.mean(true), abs=1e-4)
     assert record["true_reward_std_lm"] > 0
-    data = dataset.load(shipped_copy, 128, 8)
-    right = [annotator.true_reward(data.text(x), data.text(w))
-             > annotator.true_reward(data.text(x), data.text(l)) for x, w, l in data.held_out.pairs]
+    data = dataset.load(copy, 128, 8)
+    right = [annotator.true_reward(x, w) > annotator.true_reward(x, l)
+             for x, w, l in (map(data.text, pair) for pair in data.held_out.pairs)]
     assert record["reward_model_ceiling"] == pytest.approx(np.mean(right))
     ppo = [r for r in dataset.read_records(tmp_path / "out" / "log.jsonl") if r["stage"] == "ppo"]
     assert len(ppo) == 1 and math.isfinite(ppo[0]["true_reward"])
@@ -2923,13 +2872,14 @@ def test_the_shipped_data_are_judged_by_the_true_reward(first_run, tmp_path, mon
 
 def test_what_was_skipped_is_printed_before_training(tmp_path, capsys):
     """The count of each reason, and every note."""
-    data = dataset.load(write_data(tmp_path, [GOOD_LINE, pair("a", "b", "b"), pair("a", "c", "c")]),
-                        64, 8)
+    rows = [GOOD_LINE, pair("a", "b", "b"), pair("a", "c", "c")]
+    data = dataset.load(write_data(tmp_path, rows), 64, 8)
     rlhf.describe(data, torch.device("cpu"))
     text = capsys.readouterr().out
-    assert "skipped: 2 rows of preferences.jsonl: identical answers" in text
-    assert all(note in text for note in data.notes) and len(data.notes) > 2
-    assert "vocabulary 1,024" in text and "1 pairs" in text
+    for part in ("skipped: 2 rows of preferences.jsonl: identical answers", "vocabulary 1,024",
+                 "1 pairs", *data.notes):
+        assert part in text
+    assert len(data.notes) > 2
 
 
 def test_progress_is_one_line_on_a_terminal_and_plain_lines_in_a_file(capsys, monkeypatch):
@@ -2937,17 +2887,19 @@ def test_progress_is_one_line_on_a_terminal_and_plain_lines_in_a_file(capsys, mo
     for step in range(1, 41):
         rlhf.show_progress("language_model", step, 40, step / 5, {"loss": 1.25})
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 10 and all("\r" not in line for line in lines)
+    assert len(lines) == 10 and not any("\r" in line for line in lines)
     assert lines[-1].startswith("language_model 40/40") and "loss 1.25" in lines[0]
     rlhf.show_progress("ppo", 30, 40, 6.0, {"kl": 0.5, "rollout_tokens_per_s": 1234.5})
     line = capsys.readouterr().out
-    assert line.startswith("ppo 30/40") and "5.0/s" in line and "2 s left" in line
-    assert "1,234" in line and line.endswith("\n")
+    assert line.startswith("ppo 30/40") and line.endswith("\n")
+    assert "5.0/s" in line and "2 s left" in line and "1,234" in line
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "30")
     for step in (1, 2, 40):
         rlhf.show_progress("reward_model", step, 40, step / 5, {"loss": 1.25})
     text = capsys.readouterr().out
-    assert text.count("\r") == 3 and text.count("\n") == 1 and text.endswith("\n")
+    assert text.count("\n") == 1 and text.endswith("\n")
+    assert [len(line.strip("\n")) for line in text.split("\r\033[K")] == [0, 29, 29, 29]
 
 
 def test_the_summary_shows_samples_by_the_reward_that_judges(tmp_path, capsys, monkeypatch,
@@ -2962,16 +2914,14 @@ def test_the_summary_shows_samples_by_the_reward_that_judges(tmp_path, capsys, m
     rlhf.summarize(record, samples, tmp_path)
     text = capsys.readouterr().out
     lines = text.splitlines()
-    assert 90 < max(map(len, lines[:-1])) <= 100
-    assert sum("before  -3.25  Film" in line for line in lines) == 5
-    assert sum("after  +4.75  Film" in line for line in lines) == 5 and "Film 4| good." in text
-    rows = [line.split() for line in lines]
-    for row in (["reward", "1.500", "2.500"], ["true_reward", "-3.250", "4.750"],
-                ["kl", "6.125"], ["true_reward_std_lm", "0.875"], ["win_rate", "1.000"]):
+    assert 90 < max(map(len, lines[:-1])) <= 100 and "Film 4| good." in text
+    assert text.count("before  -3.25  Film") == text.count("after  +4.75  Film") == 5
+    rows = [" ".join(line.split()) for line in lines]
+    for row in ("reward 1.500 2.500", "true_reward -3.250 4.750", "kl 6.125",
+                "true_reward_std_lm 0.875", "win_rate 1.000"):
         assert rows.count(row) == 1, row
-    assert not any("reward_ppo" in line for line in lines) and str(tmp_path) in lines[-1]
-    untrue = [{k: v for k, v in sample.items() if "true" not in k} for sample in samples]
-    rlhf.summarize({"reward_lm": 1.5, "reward_ppo": 2.5}, untrue, tmp_path)
+    assert "reward_ppo" not in text and str(tmp_path) in lines[-1]
+    rlhf.summarize({"reward_lm": 1.5, "reward_ppo": 2.5}, samples, tmp_path)
     assert "before  +1.50  Film" in capsys.readouterr().out
 
 
@@ -2983,6 +2933,456 @@ def test_a_device_that_is_not_there_is_named():
     assert rlhf.pick_device("auto").type == best
     with pytest.raises(ValueError, match="^device is 'abacus': "):
         rlhf.pick_device("abacus")
+
+
+# =================================================================================================
+# The program: GPT-2 in and out, the reader as the human, a reward of the reader's own
+# =================================================================================================
+
+
+def tiny_bpe(name="gpt2"):
+    """The shipped tokenizer, where GPT-2's would need a download and a hundred times the logits."""
+    shipped = dataset.read_tokenizer(dataset.SHIPPED / "tokenizer.tiktoken")
+    shipped.name = name
+    return shipped
+
+
+def save_tiny_gpt2(directory, seed=0, vocab=1024, context=96):
+    config = GPTConfig(vocab, context, 1, 2, 16, 3)
+    GPT(config, torch.Generator().manual_seed(seed)).save_pretrained(directory)
+    return str(directory)
+
+
+def safetensors_of(**entries):
+    """An edit that leaves model.safetensors with this header and eight bytes."""
+    header = json.dumps(entries).encode()
+
+    def edit(directory):
+        raw = struct.pack("<Q", len(header)) + header + bytes(8)
+        (directory / "model.safetensors").write_bytes(raw)
+    return edit
+
+
+C_ATTN, NO_SAFETENSORS = "transformer.h.0.attn.c_attn.weight", "not a safetensors file, or cut"
+ODD_FILES = {
+    **{f"{key} {value!r}": (edit_config(**{key: value}), f"{key} = .*expected a whole number")
+       for key, value in (("n_layer", "2"), ("n_layer", 2.0), ("n_layer", 0), ("n_head", True),
+                          ("n_head", None), ("n_embd", [12]), ("n_embd", -12),
+                          ("vocab_size", 10**30), ("n_positions", "10"))},
+    **{f"eos_token_id {value!r}": (edit_config(eos_token_id=value), "eos_token_id.*one token")
+       for value in ([10], "x", -1, True)},
+    "deep config": (lambda d: (d / "config.json").write_text("[" * 99999), "not JSON"),
+    "both names": (edit_weights(lambda t: t | {"ln_f.bias": t["transformer.ln_f.bias"]}),
+                   "with and without"),
+    "a key that is no name": (edit_weights(lambda t: t | {1: torch.zeros(1)}), "state dictionary"),
+    "one dimension": (edit_weights(lambda t: t | {C_ATTN: torch.zeros(3)}),
+                      r"c_attn.weight is \(3,\), expected \(36, 12\)"),
+    "whole numbers": (edit_weights(lambda t: t | {C_ATTN: t[C_ATTN].long()}), "of torch.int64"),
+    "sparse": (edit_weights(lambda t: t | {C_ATTN: t[C_ATTN].to_sparse()}), "not plain, dense"),
+    "safetensors of another size": (safetensors_of(a=dict(
+        dtype="F32", shape=[3], data_offsets=[0, 8])), f"{NO_SAFETENSORS}.*a has 8 bytes"),
+    "safetensors of negative size": (safetensors_of(a=dict(
+        dtype="F32", shape=[-1], data_offsets=[0, 8])), NO_SAFETENSORS),
+    "safetensors of half a size": (safetensors_of(a=dict(
+        dtype="F32", shape=[2.0], data_offsets=[0, 8])), NO_SAFETENSORS),
+    "safetensors of another kind": (safetensors_of(a=dict(
+        dtype="F4", shape=[2], data_offsets=[0, 8])), f"{NO_SAFETENSORS}.*F4"),
+    "safetensors without a header": (safetensors_of(a=3), NO_SAFETENSORS)}
+
+
+@pytest.mark.parametrize("case", ODD_FILES)
+def test_an_odd_file_of_weights_is_refused_in_one_line(tmp_path, case):
+    """Sizes of a wrong kind, a weight under two names, tensors that cannot be weights."""
+    edit, problem = ODD_FILES[case]
+    gpt_for_files().save_pretrained(tmp_path)
+    edit(tmp_path)
+    with pytest.raises(ValueError, match=problem) as caught:
+        GPT.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_odd_files_of_weights_that_are_right_are_read(tmp_path):
+    """No prefix, buffers of the mask, the old pickle format; an end token of another vocabulary."""
+    gpt = gpt_for_files()
+    gpt.save_pretrained(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    tensors = {k.removeprefix("transformer."): v for k, v in
+               torch.load(path, weights_only=True).items() if k != "lm_head.weight"}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 10, 10, dtype=torch.uint8)
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    edit_config(eos_token_id=50256)(tmp_path)  # Hugging Face's default
+    again = GPT.from_pretrained(tmp_path)
+    assert again.config == gpt.config  # the last token ends a text
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in gpt.state_dict().items())
+    tensors = {"h.0.attn.bias": torch.zeros(0), "h.1.attn.bias": torch.zeros(3, 0)}
+    write_safetensors(tmp_path / "empty", tensors)
+    assert all(torch.equal(value, tensors[name]) for name, value in
+               read_safetensors(tmp_path / "empty").items())
+
+
+def test_what_is_saved_is_not_hidden_behind_another_file(tmp_path):
+    """Beside a model.safetensors nobody would read pytorch_model.bin: refused."""
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="model.safetensors"):
+        gpt_for_files().save_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_a_name_is_downloaded_to_torchs_cache_or_says_where_to_put_the_files(tmp_path, monkeypatch):
+    """GPT.from_pretrained("gpt2"), by torch's own loader."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    gpt_for_files().save_pretrained("published")
+    asked = []
+
+    def download(url, path):
+        asked.append(url)
+        Path(path).write_bytes(Path("published", url.split("/")[-1]).read_bytes())
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        assert GPT.from_pretrained("gpt2-medium").config == gpt_for_files().config
+    assert asked == [f"https://huggingface.co/gpt2-medium/resolve/main/{name}"
+                     for name in ("config.json", "pytorch_model.bin")]
+
+    def offline(url, path):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(ValueError, match="cannot download .*config.json.*no network.*hub/checkp"):
+        GPT.from_pretrained("gpt2")
+
+
+def test_transformers_reads_a_policy_and_we_read_its_bare_trunk(tmp_path):
+    """Where it is installed: the policy after PPO is saved, a GPT2Model without prefix is read."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    policy = ActorCritic(gpt_for_files())
+    policy.gpt.save_pretrained(tmp_path / "policy")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "policy").eval()
+    tokens = torch.randint(11, (4, 10), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        close(policy(tokens)[0], theirs(tokens).logits, 1e-5)
+        theirs.transformer.save_pretrained(tmp_path / "trunk")
+        close(GPT.from_pretrained(tmp_path / "trunk")(tokens), theirs(tokens).logits, 1e-5)
+
+
+def test_init_starts_from_weights_with_their_sizes_and_tokenizer(tmp_path, monkeypatch, capsys,
+                                                                 no_picture):
+    """A run from a random checkpoint; `sample` on it; other weights are not taken for these."""
+    monkeypatch.setattr(dataset.tiktoken, "get_encoding", tiny_bpe)
+    data = write_data(tmp_path / "data", [pair(f"p{i} the", " good", f" bad {i}")
+                                          for i in range(12)])
+    (data / "tokenizer.tiktoken").write_bytes(b"not read")
+    settings = SIZES | dict(init=save_tiny_gpt2(tmp_path / "a"), data_dir=str(data), lm_epochs=0,
+                            block_size=8, out_dir=str(tmp_path / "out"), ppo_iterations=1)
+    config = Config(**settings)  # its block_size would leave no room; it is not used
+    lm, data, used = rlhf.starting_point(config)
+    assert lm.config == GPTConfig(1024, 96, 1, 2, 16, 1023)  # the tokenizer's end token
+    assert same(lm.state_dict(), GPT.from_pretrained(config.init).state_dict())
+    assert (used.block_size, used.n_layer, used.n_head, used.n_embd) == (96, 1, 2, 16)
+    assert any("tokenizer.tiktoken is not used" in note for note in data.notes)
+    rlhf.run(config)
+    saved = load_checkpoint(tmp_path / "out" / "lm.pt")
+    assert same(saved["weights"], lm.state_dict())  # no epoch: as they were
+    assert Config(**saved["config"]) == used
+    rlhf.main(["sample", "the", "--out_dir", config.out_dir])
+    assert "PPO policy" in capsys.readouterr().out
+    moved = dataclasses.replace(used, init=save_tiny_gpt2(tmp_path / "same"), n_embd=4)
+    _, data, moved = rlhf.starting_point(moved)
+    settings = rlhf.stage_settings(used, data, "language_model")
+    assert saved["settings"] == settings == rlhf.stage_settings(moved, data, "language_model")
+    _, data, _ = rlhf.starting_point(
+        dataclasses.replace(used, init=save_tiny_gpt2(tmp_path / "same", seed=1)))
+    settings = rlhf.stage_settings(used, data, "language_model")
+    assert [k for k in settings if settings[k] != saved["settings"][k]] == ["init"]
+
+
+def test_what_cannot_start_from_weights_is_one_line(tmp_path, monkeypatch, capsys):
+    """Another vocabulary, too short a context, no such directory, a tokenizer out of reach."""
+    data = write_data(tmp_path / "data", [GOOD_LINE])
+    monkeypatch.setattr(dataset.tiktoken, "get_encoding", tiny_bpe)
+
+    def answer(init, *more):
+        return refused(capsys, "--init", init, "--data", data, "--out_dir", tmp_path / "o", *more)
+
+    assert "no config.json" in answer(tmp_path / "none")
+    assert "vocabulary of 999 tokens, expected the 1,024" in answer(
+        save_tiny_gpt2(tmp_path / "v", vocab=999))
+    tiny = save_tiny_gpt2(tmp_path / "a", context=20)
+    assert "at most 17" in answer(tiny, "--max_new_tokens", "18")
+
+    def offline(name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(dataset.tiktoken, "get_encoding", offline)
+    line = answer(tiny, "--max_new_tokens", "9")
+    for name in ("vocab.bpe", "encoder.json"):  # tiktoken's name of a cached file
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        assert f"{name} as {hashlib.sha1(url.encode()).hexdigest()}" in line
+    assert "TIKTOKEN_CACHE_DIR" in line and not (tmp_path / "o").exists()
+
+
+def test_gpt2s_own_tokenizer_is_read_from_a_cache(monkeypatch):
+    """The names in that line are the right ones: the files lie in an optional directory."""
+    if not (SHARED / "tiktoken_gpt2").is_dir():
+        pytest.skip("optional data tiktoken_gpt2 is not there")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_gpt2"))
+    encoding = dataset.tokenizer_of(None, init="gpt2")
+    assert encoding.eot_token == 50256 and encoding.n_vocab == 50257
+    assert encoding.encode_ordinary("Hello world") == [15496, 995]
+
+
+@contextlib.contextmanager
+def piped(keys):
+    """The end of a pipe from which these keys are read."""
+    read, write = os.pipe()
+    os.write(write, keys)
+    os.close(write)
+    try:
+        yield read
+    finally:
+        os.close(read)
+
+
+def ask(first_run, directory, keys):
+    """A sitting of data/label.py whose keys come through a pipe; the rows that it leaves."""
+    with piped(keys) as fd:
+        label.label(first_run.out, directory, fd)
+    return read_rows(directory)
+
+
+def read_rows(directory):
+    return [row for row in dataset.read_pairs(Path(directory) / "preferences.jsonl")]
+
+
+def questions_of(text):
+    """What a sitting showed, between the keys that answered."""
+    return [part.strip() for part in re.split(r"l left .*\n→ .*\n", text)]
+
+
+def test_label_appends_each_answer_and_undoes_the_last(first_run, tmp_path, capsys, monkeypatch):
+    """left, right, skip, undo, quit: as letters or arrows, with or without line ends."""
+    monkeypatch.setenv("COLUMNS", "70")
+    rows = ask(first_run, tmp_path / "a", b"l\nr\nq\nl")
+    shown = capsys.readouterr().out
+    assert len(rows) == 2 and f"2 answers in {tmp_path / 'a'}" in shown
+    assert all(len(line) <= 70 for line in shown.splitlines()[:-1])
+    for row, side in zip(rows, (0, 1)):
+        assert row[0] in shown and row[1] != row[2]
+    other = ask(first_run, tmp_path / "b", b"\x1b[C?\x1b[D")  # the other way, ended by the pipe
+    assert other == [(x, l, w) for x, w, l in rows]  # the same questions, other answers
+    capsys.readouterr()
+    # Undo asks the undone pair again, then the one that was on the screen.
+    again = ask(first_run, tmp_path / "c", b"lsulu" + b"url" + b"q")
+    first, second, third, fourth, fifth, sixth, seventh, *_ = questions_of(capsys.readouterr().out)
+    assert first == fourth == sixth and third == fifth and len({first, second, third}) == 3
+    assert seventh.startswith("nothing of this sitting to undo") and seventh.endswith(first)
+    assert again[0] == other[0] and len(again) == 2
+    raw = (tmp_path / "c" / "preferences.jsonl").read_text("utf-8").splitlines()
+    assert [list(json.loads(line)) for line in raw] == [["prompt", "chosen", "rejected"]] * 2
+
+
+def test_the_side_that_was_chosen_is_the_chosen_one(tmp_path):
+    """l takes the left text, r the right one; an answer is in the file before the next question."""
+    def pairs():
+        for i in range(2):
+            assert len(path.read_text("utf-8").splitlines()) == i
+            yield f"p{i}", ["on the left", "on the right"], [False, False]
+
+    path = tmp_path / "preferences.jsonl"
+    with piped(b"lr") as fd, open(path, "ab", buffering=0) as file:
+        assert label.sitting(file, pairs(), fd) == 2
+    assert read_rows(tmp_path) == [("p0", "on the left", "on the right"),
+                                   ("p1", "on the right", "on the left")]
+
+
+def test_label_asks_no_pair_twice_and_goes_on_after_a_torn_end(first_run, tmp_path, monkeypatch):
+    """Across sittings; a last line without its end is completed before the next."""
+    rows = ask(first_run, tmp_path, b"llll")
+    path = tmp_path / "preferences.jsonl"
+    path.write_bytes(path.read_bytes().removesuffix(b"\n"))
+    seeded = rlhf.seeded  # the second sitting draws what the first one drew
+    monkeypatch.setattr(rlhf, "seeded", lambda seed, stage, step: seeded(seed, stage, step - 4))
+    assert len(rows) == 4 and ask(first_run, tmp_path, b"q") == rows
+    both = ask(first_run, tmp_path, b"rrrr")
+    assert both[:4] == rows and len({(x, *sorted((w, l))) for x, w, l in both}) == 8
+
+
+def test_label_undoes_nothing_that_another_wrote(first_run, tmp_path, capsys, monkeypatch):
+    """A line that came behind the last answer stays, and so does the answer."""
+    path, read_key = tmp_path / "preferences.jsonl", label.read_key
+
+    def key(fd):
+        name = read_key(fd)
+        if name == "undo":
+            dataset.append_record(path, pair("x", "y", "z"))
+        return name
+
+    monkeypatch.setattr(label, "read_key", key)
+    rows = ask(first_run, tmp_path, b"lu")
+    assert len(rows) == 2 and rows[1] == ("x", "y", "z")
+    assert "nothing of this sitting to undo" in capsys.readouterr().out
+
+
+def test_a_directory_of_labels_is_a_data_directory(first_run, tmp_path):
+    """The corpus, prompts and tokenizer of the run stand beside the answers: `--data` trains."""
+    rows = ask(first_run, tmp_path / "labels", b"lrlrlrlr")
+    mine, theirs = (dataset.load(path, 128, 8) for path in (tmp_path / "labels", first_run.data))
+    pairs = mine.train.pairs + mine.held_out.pairs  # so few may stand on both sides
+    assert len(set(map(str, pairs))) == len(rows) == 8
+    assert mine.train.prompts == theirs.train.prompts
+    assert mine.train.documents + mine.held_out.documents
+    assert (tmp_path / "labels" / "corpus.txt").read_bytes() == (
+        first_run.data / "corpus.txt").read_bytes()
+    (tmp_path / "labels" / "corpus.txt").write_text("mine")
+    ask(first_run, tmp_path / "labels", b"q")
+    assert (tmp_path / "labels" / "corpus.txt").read_text() == "mine"  # nothing is written over
+    data = SimpleNamespace(train=SimpleNamespace(prompts=["a b", "two\nlines"]),
+                           held_out=SimpleNamespace(prompts=[" "]), text=lambda prompt: prompt)
+    source = write_data(tmp_path / "source", [GOOD_LINE])
+    (source / "tokenizer.tiktoken").write_bytes((dataset.SHIPPED / "tokenizer.tiktoken").read_bytes())
+    for init in (None, "gpt2"):
+        (tmp_path / str(init)).mkdir()
+        label.complete(tmp_path / str(init), Config(data_dir=str(source), init=init), data)
+        assert (tmp_path / str(init) / "prompts.txt").read_text("utf-8") == "a b\n"
+        assert (tmp_path / str(init) / "tokenizer.tiktoken").exists() == (init is None)
+
+
+def test_label_shows_no_control_character_and_marks_a_cut(capsys, monkeypatch):
+    """Side by side to the terminal's width; a prompt of several lines keeps them."""
+    monkeypatch.setenv("COLUMNS", "40")
+    label.show("one\ntwo", ["left \x1b[31m" + "word " * 9, "right"], [False, True])
+    text = capsys.readouterr().out
+    assert "\x1b" not in text and "one\ntwo\n" in text and "…right […]" in text
+    assert max(map(len, text.splitlines()[:-1])) <= 40 and text.count(" | ") == 4
+
+
+def test_a_terminal_gives_single_keys_and_gets_its_settings_back(first_run, tmp_path):
+    """On a pseudo-terminal: no line end is needed, nothing is echoed, also when stopped."""
+    termios, pty = pytest.importorskip("termios"), pytest.importorskip("pty")
+    master, terminal = pty.openpty()
+    before = termios.tcgetattr(terminal)
+    for keys in (b"rlq", None):
+        with contextlib.suppress(KeyboardInterrupt), label.single_keys(terminal):
+            flags = termios.tcgetattr(terminal)[3]
+            assert not flags & termios.ICANON and not flags & termios.ECHO
+            assert flags & termios.ISIG  # Ctrl-C still interrupts
+            if keys is None:
+                raise KeyboardInterrupt
+            os.write(master, keys)
+            assert [label.read_key(terminal) for _ in keys] == ["right", "left", "quit"]
+        assert termios.tcgetattr(terminal) == before
+    os.close(master)
+    os.close(terminal)
+
+
+def test_what_label_cannot_do_is_one_line(first_run, tmp_path, capsys, monkeypatch):
+    """A file that cannot be appended to, no model, a broken file, a full disk: status 2."""
+    (tmp_path / "dir" / "preferences.jsonl").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    broken = write_data(tmp_path / "broken", ["{oops"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "lm.pt").write_bytes((first_run.out / "lm.pt").read_bytes()[:999])
+    for arguments, problem in (
+            (["--data", tmp_path / "dir"], "cannot append to .*not a file"),
+            (["--data", tmp_path / "file"], "cannot append to .*File exists"),
+            (["--data", broken], "preferences.jsonl:1: not JSON"),
+            (["--data", dataset.SHIPPED], "the shipped data"),
+            (["--out-dir", tmp_path / "none"], "lm.pt: no such file"),
+            (["--out_dir", tmp_path / "out"], "not a readable checkpoint"), (["--nope"], "--nope")):
+        with pytest.raises(SystemExit) as caught:
+            label.main(["--out_dir", str(first_run.out), "--data", str(tmp_path / "new"),
+                        *map(str, arguments)])
+        output = capsys.readouterr()
+        assert caught.value.code == 2 and output.err.count("\n") == 1 and not output.out
+        assert re.match(f"label.py: .*{problem}", output.err), output.err
+    assert not (tmp_path / "new").exists()
+    with open(tmp_path / "full", "ab", buffering=0) as file:
+        label.append(file, b"whole\n")
+
+        class Full:
+            """A disk with room for three more bytes."""
+            name, seek, truncate = file.name, file.seek, file.truncate
+
+            def write(self, line):
+                return file.write(line[:3])
+
+        with pytest.raises(OSError, match="no room"):
+            label.append(Full(), b"another\n")
+    assert (tmp_path / "full").read_bytes() == b"whole\n"
+
+
+def test_label_runs_as_a_script(first_run, tmp_path):
+    """Keys through a pipe to `python data/label.py`."""
+    done = subprocess.run(
+        [sys.executable, REPO / "data" / "label.py", "--out-dir", first_run.out, "--data",
+         tmp_path], input="l\nr\n", capture_output=True, text=True, cwd=tmp_path, encoding="utf-8")
+    assert done.returncode == 0 and not done.stderr and len(read_rows(tmp_path)) == 2
+
+
+def test_trls_standard_forms_are_read_and_a_conversational_one_names_them(tmp_path):
+    """Explicit and implicit prompts; columns that a trainer added are passed over."""
+    rows = [pair("The sky is", " blue.", " green.") | {"score_chosen": 1.5},
+            {"chosen": "The sky is blue.", "rejected": "The sky is green.", "margin": None}]
+    assert read_rows(write_data(tmp_path, rows)) == [
+        ("The sky is", " blue.", " green."), ("", "The sky is blue.", "The sky is green.")]
+    messages = [{"role": "user", "content": "What colour is the sky?"}]
+    for row in (pair(messages, messages, messages), {"chosen": messages, "rejected": messages},
+                pair("What colour?", messages, messages)):
+        with pytest.raises(dataset.DataError, match="conversational.*prompt.*chosen.*rejected"):
+            read_rows(write_data(tmp_path, [row]))
+
+
+def readme(word):
+    """The README's Python lines that have this word."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text("utf-8"), re.DOTALL)
+    block, = (block for block in blocks if word in block)
+    return block
+
+
+def test_the_readmes_reward_of_ones_own_is_learned():
+    """The lines as they stand: PPO from a reward that is ten lines of Python, no preferences."""
+    names = {}
+    exec(readme("def vowels"), names)
+    before, after = names["history"][0]["reward"], names["history"][-1]["reward"]
+    print(f"{before:.2f} → {after:.2f}")
+    assert 0 < before < 0.3 and after > before + 0.2
+
+
+def test_the_readmes_lines_save_a_policy(first_run, tmp_path, monkeypatch):
+    """out/policy.pt in Hugging Face's layout."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").symlink_to(first_run.out)
+    exec(readme("save_pretrained"), {})
+    policy = weights(first_run.out)
+    again = GPT.from_pretrained("hf").state_dict()
+    assert all(torch.equal(policy[f"gpt.{name}"], value) for name, value in again.items())
+
+
+def test_the_readmes_memory_of_gpt2_is_its_arithmetic():
+    """Its number of weights and the bytes of a token's activations, counted."""
+    text = (REPO / "README.md").read_text("utf-8")
+
+    def count(V, S, L, C):
+        return V * C + S * C + L * (12 * C * C + 13 * C) + 2 * C
+
+    assert count(11, 10, 2, 12) == sum(p.numel() for p in gpt_for_files().parameters())
+    assert f"{count(50257, 1024, 12, 768):,} weights" in text
+    sizes = []
+    for layers in (2, 4):
+        gpt, kept = GPT(GPTConfig(50, 160, layers, 4, 256, 49)), {}
+
+        def keep(tensor):
+            if tensor.is_floating_point() and not isinstance(tensor, torch.nn.Parameter):
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
+                torch.autocast("cpu", torch.bfloat16):
+            gpt.hidden(torch.zeros(2, 160, dtype=torch.long))
+        sizes.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
+    copies = 12 * 256**2 * 2
+    assert round(((sizes[1] - sizes[0]) / 2 - copies) / (2 * 160 * 256)) == 36 and "36 C L" in text
 
 
 # =================================================================================================
@@ -3040,10 +3440,9 @@ def die_again_and_again(out, data):
     print(f"deaths: {count}")
 
 
-def timeless(path):
-    """The records of a JSON-lines file without what is measured by the clock."""
-    return [{k: v for k, v in row.items() if "seconds" not in k and "per_s" not in k}
-            for row in dataset.read_records(path)]
+def timeless(out):
+    """log.jsonl without what is measured by the clock."""
+    return list(map(figures, dataset.read_records(out / "log.jsonl")))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -3054,9 +3453,9 @@ def test_no_kill_at_any_moment_changes_what_a_run_leaves(first_run, tmp_path):
     assert done.returncode == 0 and "deaths: 16\n" in done.stdout, done.stderr
     for name in rlhf.FILES.values():
         ours, theirs = (load_checkpoint(out / name) for out in (tmp_path / "out", first_run.out))
-        assert same_weights(ours["weights"], theirs["weights"]), name
+        assert same(ours["weights"], theirs["weights"]), name
         assert str(ours["state"]) == str(theirs["state"]) and ours["done"], name
-    assert timeless(tmp_path / "out" / "log.jsonl") == timeless(first_run.out / "log.jsonl")
+    assert timeless(tmp_path / "out") == timeless(first_run.out)
     assert ((tmp_path / "out" / "samples.jsonl").read_bytes()
             == (first_run.out / "samples.jsonl").read_bytes())
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(first_run.out))
@@ -3065,18 +3464,18 @@ def test_no_kill_at_any_moment_changes_what_a_run_leaves(first_run, tmp_path):
 def test_no_run_that_started_over_and_was_killed_goes_on_from_older_stages(first_run, tmp_path,
                                                                            no_picture):
     """--fresh removes what it will replace: the log has every stage once, in order."""
-    config = dataclasses.replace(first_run.config, out_dir=str(copied(first_run, tmp_path)))
+    out, config = copied(first_run, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         rlhf.run(config, "language_model", lambda: True)
     assert not any((tmp_path / "out" / name).exists() for name in ("reward.pt", "policy.pt"))
     rlhf.run(config)
-    assert timeless(tmp_path / "out" / "log.jsonl") == timeless(first_run.out / "log.jsonl")
+    assert timeless(tmp_path / "out") == timeless(first_run.out)
 
 
 def test_no_two_runs_write_to_one_folder(first_run, tmp_path, capsys, no_picture):
     """The second is refused in one line; the lock ends with its holder."""
     pytest.importorskip("fcntl")
-    out = copied(first_run, tmp_path)
+    out, _ = copied(first_run, tmp_path)
     flags = [*FLAGS, "--data", first_run.data, "--out_dir", out]
     with dataset.locked(out):
         assert f"{out}: another run is writing there" in refused(capsys, *flags, "--fresh")
@@ -3091,7 +3490,7 @@ def test_no_two_runs_write_to_one_folder(first_run, tmp_path, capsys, no_picture
 def test_no_full_disk_or_unwritable_folder_costs_more_than_a_line(first_run, tmp_path, capsys,
                                                                   monkeypatch):
     """One line names the place; the last good checkpoint is readable, nothing half is left."""
-    out = copied(first_run, tmp_path)
+    out, _ = copied(first_run, tmp_path)
     flags = [*FLAGS, "--data", first_run.data]
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(rlhf, "SAVE_EVERY", 0)
@@ -3151,7 +3550,7 @@ def test_no_setting_escapes_the_check(first_run, capsys):
 def test_no_weight_that_is_not_finite_is_saved(first_run, tmp_path, capsys, no_picture):
     """A last step that overflows is followed by no loss that would tell; the stage says so."""
     line = refused(capsys, *FLAGS, "--data", first_run.data, "--out_dir",
-                   copied(first_run, tmp_path), "--rm_lr", "1e38", "--rm_batch_size", "1000",
+                   copied(first_run, tmp_path)[0], "--rm_lr", "1e38", "--rm_batch_size", "1000",
                    "--fresh", "reward_model")
     assert "reward_model: a weight is not finite" in line
     assert not (tmp_path / "out" / "policy.pt").exists()
@@ -3166,7 +3565,7 @@ def test_no_number_that_is_not_finite_makes_the_log_unreadable(tmp_path):
 def test_no_data_are_too_small(tmp_path, no_picture):
     """One pair of one-token answers, a rank a byte, batches of one, the shortest context."""
     directory = write_data(tmp_path / "data", [pair("", "a", "b")], corpus="x\ny\nz", prompts="p")
-    (directory / "tokenizer.tiktoken").write_bytes(b"\n".join(SHIPPED_RANKS.split(b"\n")[:256]))
+    (directory / "tokenizer.tiktoken").write_bytes(b"\n".join(RANKS[:256]))
     ones = dict.fromkeys(("lm_batch_size", "rm_batch_size", "ppo_batch_size", "minibatch_size",
                           "ppo_epochs", "eval_prompts", "max_new_tokens", "n_head", "n_embd"), 1)
     record = rlhf.run(Config(**SIZES | ones | {"block_size": 4}, data_dir=str(directory),

@@ -24,13 +24,13 @@ def draw(out):
         for name in names:
             if rows and name in rows[0]:
                 axis.plot([r["step"] for r in rows], [r.get(name) for r in rows],
-                          label=name.replace("_", " "))
+                          label="learned reward" if name == "reward" else name.replace("_", " "))
         axis.set_title(title)
         axis.set_xlabel("PPO iteration")
         axis.grid(alpha=0.3)
         if len(names) > 1:
             axis.legend()
-    figure.savefig(Path(out) / "curves.png", dpi=110)
+    figure.savefig(Path(out) / "curves.png", dpi=110, facecolor="white")
     plt.close(figure)
     return ", curves.png"
 

@@ -51,6 +51,7 @@ class Dataset:
     notes: list        # one line each: what else a reader of the run should know
     fingerprint: str   # sha256 of every byte that was read
     shipped: bool      # is this the data whose true reward is known?
+    init: str | None = None  # sha256 of the weights that training starts from, if there are any
 
     def text(self, tokens):
         """The text of a list of tokens, without end tokens; broken UTF-8 shows as U+FFFD."""
@@ -146,8 +147,17 @@ def read_tokenizer(path):
                              special_tokens={"<|endoftext|>": len(ranks)})
 
 
-def tokenizer_of(data_dir):
-    """The tokenizer of a data directory; without one there, the shipped one."""
+def tokenizer_of(data_dir, init=None):
+    """The tokenizer of a data directory, else the shipped one; with GPT-2's weights, GPT-2's."""
+    if init:
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:  # its files are named by the hash of their address
+            raise DataError(
+                f"tiktoken cannot download its gpt2 encoding ({type(error).__name__}); offline, "
+                "set TIKTOKEN_CACHE_DIR to a directory with GPT-2's vocab.bpe as "
+                "6d1cbeee0f20b3d9449abfede4726ed8212e3aee and encoder.json as "
+                "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6") from None
     own = Path(data_dir) / "tokenizer.tiktoken"
     return read_tokenizer(own if own.is_file() else SHIPPED / "tokenizer.tiktoken")
 
@@ -176,6 +186,7 @@ def find_files(data_dir):
 def load(data_dir, block_size, max_new_tokens, encoding=None):
     """Read a data directory for a context of `block_size`; DataError if it is broken.
 
+    An `encoding` that is given is used instead of the directory's own.
     Held out are: documents by their own hash; pairs and prompts by the prompt's hash, so that a
     held-out prompt is in no training pair (pairs without a prompt, by their answers' hash); and
     every document that is a held-out pair's text.
@@ -185,6 +196,8 @@ def load(data_dir, block_size, max_new_tokens, encoding=None):
     encoding = encoding or read_tokenizer(files["tokenizer.tiktoken"])
     eos = encoding.eot_token
     skipped, notes = Counter(), []
+    if encoding.name == "gpt2" and (data_dir / "tokenizer.tiktoken").is_file():
+        notes.append("tokenizer.tiktoken is not used: the weights need GPT-2's tokenizer")
     train, held = Split(), Split()
     longest = max(len(token) for token in encoding.token_byte_values())
 
