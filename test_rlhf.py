@@ -81,6 +81,7 @@ def tiny_gpt(seed=0, vocab=4, layers=1, heads=2, width=4, context=12, std=0.3):
     gpt = GPT(GPTConfig(vocab, context, layers, heads, width, vocab - 1), generator).double()
     with torch.no_grad():
         for p in gpt.parameters():
+            p.div_(math.sqrt(768 / width) if p.dim() == 2 else 1)  # the same worlds at any width
             p.add_(std * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     return gpt
 
