@@ -70,9 +70,9 @@ class Config:
     ppo_iterations: int = 90           # times collect + update
     ppo_batch_size: int = 64           # trajectories an iteration
     ppo_epochs: int = 4                # passes over each batch of experience
-    minibatch_size: int = 16           # trajectories a gradient step
-    micro_batch_size: int = 16         # trajectories a forward pass; their gradients accumulate
-    ppo_lr: float = 1e-3               # learning rate at the start; falls linearly to 0
+    minibatch_size: int = 32           # trajectories a gradient step
+    micro_batch_size: int = 32         # trajectories a forward pass; their gradients accumulate
+    ppo_lr: float = 1e-3               # peak learning rate
     kl_coef: float = 0.05              # beta: the price of a nat of KL to the language model
     kl_target: float | None = None     # nats a response: adapts kl_coef to hold it; none: fixed
     gamma: float = 1.0                 # discount
@@ -482,7 +482,8 @@ def apply_gradient(loss, model, optimizer, max_grad_norm, where):
 
 
 def optimizer_step(loss, model, optimizer, max_grad_norm, where):
-    """Backward, then `apply_gradient`."""
+    """Backward, from no gradient on, then `apply_gradient`."""
+    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     return apply_gradient(float(loss.detach()), model, optimizer, max_grad_norm, where)
 
@@ -524,12 +525,14 @@ def train_language_model(model, documents, config, state=None, on_step=None):
 
 
 @torch.no_grad()
-def language_model_loss(model, documents, batch_size=64):
+def language_model_loss(model, documents, batch_size=8):
     """Mean −log π of a token of the documents, in nats."""
     total, count = 0.0, 0
     for i in range(0, len(documents), batch_size):
         tokens, mask = pad(documents[i:i + batch_size], model.wte.weight.device)
-        log_probs = gather_log_probs(model(tokens[:, :-1]), tokens[:, 1:])
+        with autocast(model):
+            logits = model(tokens[:, :-1])                                 # (B, S-1, V)
+        log_probs = gather_log_probs(logits, tokens[:, 1:])
         total -= float(log_probs.where(mask[:, 1:], 0).sum())
         count += int(mask[:, 1:].sum())
     return total / count
@@ -646,6 +649,21 @@ def forward_responses(model, batch, temperature):
 
 
 @torch.no_grad()
+def read_responses(model, batch, config):
+    """(log_probs (B, T), values (B, T)) by `forward_responses`, a micro-batch at a time.
+
+    The logits of all rows at once would fill the memory. Values of a GPT are 0.
+    """
+    log_probs, values = batch.log_probs.new_zeros(2, *batch.mask.shape)
+    for rows in torch.arange(len(values), device=values.device).split(config.micro_batch_size):
+        part = batch.take(rows)
+        T = part.mask.shape[1]
+        log_probs[rows, :T], v, _ = forward_responses(model, part, config.temperature)
+        values[rows, :T] = 0 if v is None else v
+    return log_probs, values
+
+
+@torch.no_grad()
 def collect(policy, reference, reward_fn, prompts, config, generator=None):
     """One batch of experience from π_θ, which from now on is π_old.
 
@@ -660,14 +678,8 @@ def collect(policy, reference, reward_fn, prompts, config, generator=None):
         scores = scores.where(ends(sampled, eos), config.missing_eos_score)
 
     mask = sampled.mask
-    log_probs, ref_log_probs, values = sampled.log_probs.new_zeros(3, *mask.shape)  # 3 × (B, T)
-    for rows in torch.arange(len(mask), device=mask.device).split(config.micro_batch_size):
-        part = sampled.take(rows)  # the logits of all rows at once would fill the memory
-        T = part.mask.shape[1]
-        log_probs[rows, :T], values[rows, :T], _ = forward_responses(policy, part,
-                                                                     config.temperature)
-        ref_log_probs[rows, :T], *_ = forward_responses(reference, part, config.temperature)
-
+    log_probs, values = read_responses(policy, sampled, config)            # 2 × (B, T)
+    ref_log_probs, _ = read_responses(reference, sampled, config)
     rewards = kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, config.kl_coef)
     advantages = gae(rewards, values, mask, config.gamma, config.lam)
     return Experience(sampled.tokens, sampled.prompt_lengths, sampled.actions, mask, log_probs,
@@ -747,7 +759,9 @@ def train_ppo(policy, reference, reward_fn, prompts, config, state=None, on_step
         optimizer.load_state_dict(state["optimizer"])
     for step in range(state["step"], config.ppo_iterations):
         generator = seeded(config.seed, "ppo", step)
-        set_learning_rate(optimizer, config.ppo_lr, step, config.ppo_iterations)
+        # A warm-up: Adam's first steps are long, and what they break in the language costs KL.
+        set_learning_rate(optimizer, config.ppo_lr, step, config.ppo_iterations,
+                          warmup=config.ppo_iterations // 9)
         now = dataclasses.replace(config, kl_coef=kl_coef)
         batch, = batches_of_prompts(prompts, config.ppo_batch_size, config.ppo_batch_size,
                                     generator)
@@ -812,7 +826,7 @@ def evaluate(policy, reference, reward_fn, prompts, config, true_reward_fn=None)
             if true_reward_fn:
                 columns["true_reward"] = true_reward_fn(r)
             if side == "ppo":
-                ref_log_probs, *_ = forward_responses(reference, r, config.temperature)
+                ref_log_probs, _ = read_responses(reference, r, config)
                 columns["kl"], _ = kl_estimates(r.log_probs, ref_log_probs, r.mask)
             for b, row in enumerate(rows):
                 row[side] = r.actions[b][r.mask[b]].tolist()
@@ -1156,7 +1170,7 @@ def sample(config, prompt, n=3):
     for model, name in ((lm, "language model"), (policy, "PPO policy")):
         r = rollout(model, [[eos, *tokens]] * n, config.max_new_tokens, eos, config.temperature,
                     seeded(config.seed, "sample", 0))
-        ref_log_probs, *_ = forward_responses(lm, r, config.temperature)
+        ref_log_probs, _ = read_responses(lm, r, config)
         kl, _ = kl_estimates(r.log_probs, ref_log_probs, r.mask)
         scores = reward_scores(reward_model, r)
         texts = [encoding.decode([t for t in a[m].tolist() if t != eos], errors="replace")
@@ -1191,8 +1205,7 @@ def explain(config, prompt, step):
                 [[eos, *encoding.encode_ordinary(prompt)]], config,
                 seeded(config.seed, "explain", 0))
     ppo_update(policy, make_optimizer(policy, config.ppo_lr, (0.9, 0.999), 1e-5), e, config)
-    with torch.no_grad():
-        log_probs, *_ = forward_responses(policy, e, config.temperature)
+    log_probs, _ = read_responses(policy, e, config)
     ratio = (log_probs - e.log_probs).exp()                                # (1, T)
     columns = trajectory_columns(e, ratio, config)
 

@@ -81,7 +81,7 @@ def tiny_gpt(seed=0, vocab=4, layers=1, heads=2, width=4, context=12, std=0.3):
     gpt = GPT(GPTConfig(vocab, context, layers, heads, width, vocab - 1), generator).double()
     with torch.no_grad():
         for p in gpt.parameters():
-            p.div_(math.sqrt(768 / width) if p.dim() == 2 else 1)  # the same worlds at any width
+            p.div_(math.sqrt(768 / width) if p.dim() == 2 else 1)  # N(0, 0.02) at any width
             p.add_(std * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     return gpt
 
@@ -459,6 +459,7 @@ def test_rewards_to_go_by_hand():
     rewards, mask = f64([[1.0, 2.0, 4.0], [1.0, 2.0, 9e9]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
     close(rewards_to_go(rewards, mask, gamma=0.5), [[3.0, 4.0, 4.0], [2.0, 2.0, 0.0]])
     close(rewards_to_go(rewards, mask), [[7.0, 6.0, 4.0], [3.0, 2.0, 0.0]])
+    close(rewards_to_go(rewards[:, :1], mask[:, :1]), [[1.0], [1.0]])  # responses of one token
 
 
 @SEEDS
@@ -484,6 +485,8 @@ def test_variance_falls_from_reinforce_to_rewards_to_go_to_baseline_to_advantage
         print(f"    {name:15}{variance:9.4f}{variance / variances['REINFORCE']:8.1%}")
     falling = list(variances.values())
     assert all(b < 0.95 * a for a, b in zip(falling, falling[1:]))
+    table = (REPO / "README.md").read_text("utf-8").split("| w_t | world 0 ")[1].splitlines()[2:6]
+    assert [float(row.split("|")[2 + seed]) for row in table] == [round(v, 1) for v in falling]
 
 
 @SEEDS
@@ -514,6 +517,7 @@ def test_gae_worked_by_hand():
     close(gae(r, values, mask, 1.0, 0.5), [[0.45, 0.5, 0.2]])
     close(gae(r, values, mask, 0.5, 0.5), [[0.0125, 0.05, 0.2]])
     close(gae(r, values, mask), gae(r, values, mask, 1, 0.95))
+    close(gae(r[:, 2:], values[:, 2:], mask[:, 2:]), [[0.2]])  # a response of one token
 
 
 def wrong_critic(w):
@@ -947,13 +951,18 @@ def test_no_log_prob_changes_at_a_learning_rate_of_0():
 def test_no_row_reads_differently_when_it_is_padded_by_0_3_or_7():
     """Right-padding and causal attention: what stands behind a row cannot reach it."""
     policy = tiny_policy(0, context=16)
-    rows = torch.tensor([[3, 2, 1, 0], [3, 0, 0, 2]])
-    positions = torch.tensor([[1, 2, 3], [0, 3, 1]])
-    logits, values = policy(rows, positions)
+    torch.nn.init.ones_(policy.value_head.weight)
+    rows, lengths = torch.tensor([[3, 2, 1, 0], [3, 0, 2, 0]]), torch.tensor([4, 3])
+    steps = torch.tensor([[False, True, True, True], [True, False, True, False]])
+    logits, values = (torch.cat([x[:1, 1:].flatten(0, 1), x[1:, 0], x[1:, 2]])
+                      for x in policy(rows))
     for padding, token in itertools.product((0, 3, 7), range(4)):
-        more_logits, more_values = policy(F.pad(rows, (0, padding), value=token), positions)
-        close(more_logits, logits, 1e-12)
-        close(more_values, values, 1e-12)
+        padded = F.pad(rows, (0, padding), value=token), F.pad(steps, (0, padding))
+        for known in (None, lengths):  # the padding is computed and hidden, or not computed
+            more_logits, more_values = policy(*padded, known)
+            close(more_logits, logits, 1e-12)
+            close(more_values, values, 1e-12)
+    assert (policy.gpt.hidden(padded[0], lengths=lengths)[1, 3:] == 0).all()
 
 
 def arguments(dtype=torch.float32):
@@ -1902,21 +1911,22 @@ def test_no_cached_pass_differs_from_the_whole_one():
     close(torch.cat(out, 1), whole)
     changed = torch.cat([tokens[:, :5], (tokens[:, 5:] + 1) % 6], 1)
     assert torch.equal(gpt(changed)[:, :5], whole[:, :5])  # causal, to the last bit
-    positions = torch.tensor([[0, 3], [8, 8], [2, 1]])
-    close(gpt(tokens, positions), whole[torch.arange(3)[:, None], positions])
+    steps = torch.rand(3, 9, generator=draws()) < 0.5
+    close(gpt(tokens, steps), whole[steps])
     with pytest.raises(ValueError, match="10 tokens do not fit the context of 9"):
         gpt(torch.zeros(1, 10, dtype=torch.long))
 
 
 def test_no_weight_starts_otherwise_than_gpt2s():
-    """N(0, 0.02), but 0.02 / √(2 n_layer) where a layer writes to the residual stream; biases 0."""
+    """N(0, σ), σ = 0.02 √(768 / C), but σ / √(2 n_layer) where a layer writes to the residual
+    stream; biases 0. GPT-2's width is 768."""
     gpt, again = [GPT(GPTConfig(300, 64, 3, 4, 64, 299), draws()) for _ in range(2)]
     assert same(gpt, again)
     for name, p in gpt.named_parameters():
         if p.dim() == 1:
             assert (p == (0 if name.endswith("bias") else 1)).all(), name
         else:
-            std = 0.02 / math.sqrt(6) if "c_proj" in name else 0.02
+            std = 0.02 * math.sqrt(768 / 64) / (math.sqrt(6) if "c_proj" in name else 1)
             assert p.std().item() == pytest.approx(std, rel=0.05) and abs(p.mean()) < std / 10, name
     with pytest.raises(ValueError, match="n_embd 10 does not divide into n_head 4"):
         GPT(GPTConfig(4, 8, 1, 4, 10, 3))
@@ -2248,7 +2258,7 @@ def test_what_explain_cannot_do_is_one_line(first_run, tmp_path, capsys):
     assert "lm.pt: no such file" in refused(capsys, "explain", "--out_dir", tmp_path)
     assert "--step" in refused(capsys, "explain", "--step", "3")
     assert "--step is for explain" in refused(capsys, "--step", "0")
-    out = copied(first_run, tmp_path)
+    out, _ = copied(first_run, tmp_path)
     checkpoint = load_checkpoint(out / "policy.pt")
     for key, value in (("config", {"no_such_field": 1}), ("weights", {})):
         save_checkpoint(out / "policy.pt", checkpoint | {key: value})
@@ -2270,7 +2280,7 @@ def test_the_frontier_measures_ppo_and_best_of_n_and_goes_on_where_it_was(
         tmp_path, monkeypatch, capsys, no_picture):
     """KL of best-of-n is log n − (n−1)/n; gains are in std of the language model; done is done."""
     data = small_data(tmp_path / "data")
-    (data / "tokenizer.tiktoken").write_bytes(SHIPPED_RANKS)
+    (data / "tokenizer.tiktoken").write_bytes((dataset.SHIPPED / "tokenizer.tiktoken").read_bytes())
     monkeypatch.setattr(dataset, "SHIPPED", data.resolve())
     configs = [Config(**SIZES | {"ppo_iterations": 2, "kl_coef": kl_coef}, data_dir=str(data),
                       out_dir=str(tmp_path / "frontier" / "seed0")) for kl_coef in (0.0, 0.5)]
@@ -2435,7 +2445,7 @@ def test_the_notebook_lines_of_the_readme_train_what_a_run_trains(first_run, mon
     names = {}
     exec(lines, names)
     for name, file in (("lm", "lm.pt"), ("reward_model", "reward.pt"), ("policy", "policy.pt")):
-        assert same_weights(names[name].state_dict(), weights(first_run.out, file)), name
+        assert same(names[name].state_dict(), weights(first_run.out, file)), name
     assert len(names["history"]) == 3 and not (REPO / "nowhere").exists()
     assert names["record"]["win_rate"] == first_run.record["win_rate"]
     assert capsys.readouterr().out.startswith(str(names["record"]["win_rate"]))
@@ -2908,8 +2918,8 @@ ODD_FILES = {
     "both names": (edit_weights(lambda t: t | {"ln_f.bias": t["transformer.ln_f.bias"]}),
                    "with and without"),
     "a key that is no name": (edit_weights(lambda t: t | {1: torch.zeros(1)}), "state dictionary"),
-    "three dimensions": (edit_weights(lambda t: t | {C_ATTN: torch.zeros(2, 2, 2)}),
-                         r"c_attn.weight is \(2, 2, 2\), expected \(36, 12\)"),
+    "one dimension": (edit_weights(lambda t: t | {C_ATTN: torch.zeros(3)}),
+                      r"c_attn.weight is \(3,\), expected \(36, 12\)"),
     "whole numbers": (edit_weights(lambda t: t | {C_ATTN: t[C_ATTN].long()}), "of torch.int64"),
     "sparse": (edit_weights(lambda t: t | {C_ATTN: t[C_ATTN].to_sparse()}), "not plain, dense"),
     "safetensors of another size": (safetensors_of(a=dict(
@@ -3011,12 +3021,12 @@ def test_init_starts_from_weights_with_their_sizes_and_tokenizer(tmp_path, monke
     config = Config(**settings)  # its block_size would leave no room; it is not used
     lm, data, used = rlhf.starting_point(config)
     assert lm.config == GPTConfig(1024, 96, 1, 2, 16, 1023)  # the tokenizer's end token
-    assert same_weights(lm.state_dict(), GPT.from_pretrained(config.init).state_dict())
+    assert same(lm.state_dict(), GPT.from_pretrained(config.init).state_dict())
     assert (used.block_size, used.n_layer, used.n_head, used.n_embd) == (96, 1, 2, 16)
     assert any("tokenizer.tiktoken is not used" in note for note in data.notes)
     rlhf.run(config)
     saved = load_checkpoint(tmp_path / "out" / "lm.pt")
-    assert same_weights(saved["weights"], lm.state_dict())  # no epoch: as they were
+    assert same(saved["weights"], lm.state_dict())  # no epoch: as they were
     assert Config(**saved["config"]) == used
     rlhf.main(["sample", "the", "--out_dir", config.out_dir])
     assert "PPO policy" in capsys.readouterr().out
@@ -3065,15 +3075,22 @@ def test_gpt2s_own_tokenizer_is_read_from_a_cache(monkeypatch):
     assert encoding.encode_ordinary("Hello world") == [15496, 995]
 
 
-def ask(first_run, directory, keys):
-    """A sitting of data/label.py whose keys come through a pipe; the rows that it leaves."""
+@contextlib.contextmanager
+def piped(keys):
+    """The end of a pipe from which these keys are read."""
     read, write = os.pipe()
     os.write(write, keys)
     os.close(write)
     try:
-        label.label(first_run.out, directory, read)
+        yield read
     finally:
         os.close(read)
+
+
+def ask(first_run, directory, keys):
+    """A sitting of data/label.py whose keys come through a pipe; the rows that it leaves."""
+    with piped(keys) as fd:
+        label.label(first_run.out, directory, fd)
     return read_rows(directory)
 
 
@@ -3106,6 +3123,20 @@ def test_label_appends_each_answer_and_undoes_the_last(first_run, tmp_path, caps
     assert again[0] == other[0] and len(again) == 2
     raw = (tmp_path / "c" / "preferences.jsonl").read_text("utf-8").splitlines()
     assert [list(json.loads(line)) for line in raw] == [["prompt", "chosen", "rejected"]] * 2
+
+
+def test_the_side_that_was_chosen_is_the_chosen_one(tmp_path):
+    """l takes the left text, r the right one; an answer is in the file before the next question."""
+    def pairs():
+        for i in range(2):
+            assert len(path.read_text("utf-8").splitlines()) == i
+            yield f"p{i}", ["on the left", "on the right"], [False, False]
+
+    path = tmp_path / "preferences.jsonl"
+    with piped(b"lr") as fd, open(path, "ab", buffering=0) as file:
+        assert label.sitting(file, pairs(), fd) == 2
+    assert read_rows(tmp_path) == [("p0", "on the left", "on the right"),
+                                   ("p1", "on the right", "on the left")]
 
 
 def test_label_asks_no_pair_twice_and_goes_on_after_a_torn_end(first_run, tmp_path, monkeypatch):
@@ -3152,7 +3183,7 @@ def test_a_directory_of_labels_is_a_data_directory(first_run, tmp_path):
     data = SimpleNamespace(train=SimpleNamespace(prompts=["a b", "two\nlines"]),
                            held_out=SimpleNamespace(prompts=[" "]), text=lambda prompt: prompt)
     source = write_data(tmp_path / "source", [GOOD_LINE])
-    (source / "tokenizer.tiktoken").write_bytes(SHIPPED_RANKS)
+    (source / "tokenizer.tiktoken").write_bytes((dataset.SHIPPED / "tokenizer.tiktoken").read_bytes())
     for init in (None, "gpt2"):
         (tmp_path / str(init)).mkdir()
         label.complete(tmp_path / str(init), Config(data_dir=str(source), init=init), data)

@@ -183,7 +183,8 @@ def main(argv=None):
     try:
         label(arguments.out_dir, arguments.data)
     except KeyboardInterrupt:
-        sys.exit("\nstopped; every answer is saved")
+        print("\nstopped; every answer is saved", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, ImportError) as error:
         print(f"label.py: {error}", file=sys.stderr)
         sys.exit(2)
