@@ -82,8 +82,8 @@ def tiny_gpt(seed=0, vocab=4, layers=1, heads=2, width=4, context=12, std=0.3):
     gpt = GPT(GPTConfig(vocab, context, layers, heads, width, vocab - 1), generator).double()
     with torch.no_grad():
         for p in gpt.parameters():
-            noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-            p.mul_(p.dim() == 1).add_(std * noise)
+            p.div_(math.sqrt(768 / width) if p.dim() == 2 else 1)  # N(0, 0.02) at any width
+            p.add_(std * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     return gpt
 
 
@@ -460,6 +460,7 @@ def test_rewards_to_go_by_hand():
     rewards, mask = f64([[1.0, 2.0, 4.0], [1.0, 2.0, 9e9]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
     close(rewards_to_go(rewards, mask, gamma=0.5), [[3.0, 4.0, 4.0], [2.0, 2.0, 0.0]])
     close(rewards_to_go(rewards, mask), [[7.0, 6.0, 4.0], [3.0, 2.0, 0.0]])
+    close(rewards_to_go(rewards[:, :1], mask[:, :1]), [[1.0], [1.0]])  # responses of one token
 
 
 @SEEDS
@@ -485,6 +486,8 @@ def test_variance_falls_from_reinforce_to_rewards_to_go_to_baseline_to_advantage
         print(f"    {name:15}{variance:9.4f}{variance / variances['REINFORCE']:8.1%}")
     falling = list(variances.values())
     assert all(b < 0.95 * a for a, b in zip(falling, falling[1:]))
+    table = (REPO / "README.md").read_text("utf-8").split("| w_t | world 0 ")[1].splitlines()[2:6]
+    assert [float(row.split("|")[2 + seed]) for row in table] == [round(v, 1) for v in falling]
 
 
 @SEEDS
@@ -515,6 +518,7 @@ def test_gae_worked_by_hand():
     close(gae(r, values, mask, 1.0, 0.5), [[0.45, 0.5, 0.2]])
     close(gae(r, values, mask, 0.5, 0.5), [[0.0125, 0.05, 0.2]])
     close(gae(r, values, mask), gae(r, values, mask, 1, 0.95))
+    close(gae(r[:, 2:], values[:, 2:], mask[:, 2:]), [[0.2]])  # a response of one token
 
 
 def wrong_critic(w):
@@ -1158,7 +1162,7 @@ def test_no_step_of_the_derivation_is_missing_in_collect():
     close(e.rewards, kl_penalized_rewards(e.scores, e.log_probs, e.ref_log_probs, e.mask, 0.3))
     close(e.advantages, gae(e.rewards, e.values, e.mask, 0.9, 0.7))
     close(e.returns, e.advantages + e.values)
-    parts, _ = experience_of(policy, reference, minibatch_size=5, **settings)  # in smaller passes
+    parts, _ = experience_of(policy, reference, micro_batch_size=5, **settings)  # in smaller passes
     for name in "log_probs ref_log_probs values scores rewards advantages returns".split():
         x = getattr(e, name)
         assert not x.requires_grad and (x.dim() == 1 or not x[~e.mask].any()), name
@@ -1196,18 +1200,20 @@ def written_out(policy, e, c):
     return torch.cat([loss[:, None], parts], 1), torch.tensor([b for b, t in valid])
 
 
-@pytest.mark.parametrize("entropy_coef, minibatch_size, epochs",
-                         [(0.0, 12, 1), (0.2, 12, 1), (0.2, 1, 3)])
-def test_no_sign_coefficient_or_trajectory_of_the_whole_loss_is_wrong(entropy_coef, minibatch_size,
-                                                                     epochs):
+@pytest.mark.parametrize("entropy_coef, minibatch_size, micro_batch_size, epochs", [
+    (0.0, 12, 12, 1), (0.2, 12, 12, 1), (0.2, 12, 5, 2), (0.2, 1, 1, 3)])
+def test_no_sign_coefficient_or_trajectory_of_the_whole_loss_is_wrong(
+        entropy_coef, minibatch_size, micro_batch_size, epochs):
     """∇L of L = −L_clip + c1 L_VF − c2 H (PPO eq. 9, turned to a loss), at a step size of 0.
 
-    In minibatches of one trajectory, each epoch's gradients are those of all the trajectories.
+    In minibatches of one trajectory, each epoch's gradients are those of all the trajectories; in
+    micro-batches, they add up to the minibatch's.
     """
     policy, generator, steps = tiny_policy(0), draws(7), []
     e, config = experience_of(policy, tiny_gpt(1), temperature=0.8, value_coef=0.7, clip=0.1,
                               entropy_coef=entropy_coef, max_grad_norm=1e9, early_stop_kl=None,
-                              value_clip=0.3, minibatch_size=minibatch_size, ppo_epochs=epochs)
+                              value_clip=0.3, minibatch_size=minibatch_size, ppo_epochs=epochs,
+                              micro_batch_size=micro_batch_size)
     with torch.no_grad():  # away from π_old, so that ratios differ from 1 and clipping acts
         for p in policy.parameters():
             p.add_(0.06 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
@@ -1219,7 +1225,7 @@ def test_no_sign_coefficient_or_trajectory_of_the_whole_loss_is_wrong(entropy_co
     optimizer.register_step_pre_hook(lambda *_: steps.append(
         torch.cat([p.grad.flatten() for p in policy.parameters()])))
     metrics = ppo_update(policy, optimizer, e, config, draws())
-    assert epochs == 1 or not torch.equal(steps[0], steps[12])  # each in an order of its own
+    assert epochs < 3 or not torch.equal(steps[0], steps[12])  # each in an order of its own
     for epoch in torch.stack(steps).view(epochs, len(batches), -1):
         close(epoch.sum(0), gradients.sum(0), 2e-6)  # whitening's 1e-8 under the root shows
     for name, value in zip("policy_loss value_loss entropy approx_kl clip_fraction".split(),
@@ -2488,7 +2494,8 @@ EDGES = {"block_size": ([0, -1], []), "n_layer": ([0], [1]), "n_head": ([0, 3], 
          "ppo_lr": ([-1, "nan"], [0]), "temperature": ([0, -1], [0.1]), "clip": ([0, -0.2], [0.1]),
          "value_clip": ([0], [0.1]), "max_grad_norm": ([0], [0.1]), "gamma": ([2, -0.1], [0, 1]),
          "lam": ([2, -0.1], [0, 1]), "kl_target": ([0, -1], [0.1, "none"]),
-         "early_stop_kl": ([0, -1], [0.1, "none"]), "missing_eos_score": (["inf"], [-9, "none"])}
+         "early_stop_kl": ([0, -1], [0.1, "none"]), "missing_eos_score": (["inf"], [-9, "none"]),
+         "micro_batch_size": ([0, -1], [1])}
 
 
 @pytest.mark.parametrize("field", EDGES)
