@@ -72,9 +72,9 @@ class Config:
     max_new_tokens: int = 64           # T_max: a response that is longer is cut
     temperature: float = 1.0           # of sampling, and of every log-prob in PPO
     # -- ppo
-    ppo_iterations: int = 90           # times collect + update
-    ppo_batch_size: int = 64           # trajectories an iteration
-    ppo_epochs: int = 4                # passes over each batch of experience
+    ppo_iterations: int = 70           # times collect + update
+    ppo_batch_size: int = 128          # trajectories an iteration
+    ppo_epochs: int = 2                # passes over each batch of experience
     minibatch_size: int = 32           # trajectories a gradient step
     micro_batch_size: int = 32         # trajectories a forward pass; their gradients accumulate
     ppo_lr: float = 1e-3               # peak learning rate
@@ -768,7 +768,7 @@ def train_ppo(policy, reference, reward_fn, prompts, config, state=None, on_step
         generator = seeded(config.seed, "ppo", step)
         # A warm-up: Adam's first steps are long, and what they break in the language costs KL.
         set_learning_rate(optimizer, config.ppo_lr, step, config.ppo_iterations,
-                          warmup=config.ppo_iterations // 9)
+                          warmup=config.ppo_iterations // 7)
         now = dataclasses.replace(config, kl_coef=kl_coef)
         batch, = batches_of_prompts(prompts, config.ppo_batch_size, config.ppo_batch_size,
                                     generator)

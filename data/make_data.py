@@ -22,7 +22,7 @@ from annotator import BLAME, PRAISE, SURNAMES, true_reward
 
 REVIEWS, PAIRS, MERGES = 14_000, 18_000, 767
 # Most pairs differ clearly in utility, some hardly, few by something between: shares that are kept.
-KEPT = ((.2, 1.0), (1.5, .003), (4.5, .02), (math.inf, .65))
+KEPT = ((.2, 1.0), (1.5, .003), (4.2, .02), (math.inf, .4))
 PATTERN = r" ?\p{L}+(?:'\p{L}+)?| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"  # as in data/dataset.py
 ASCII_PATTERN = r" ?[A-Za-z]+(?:'[A-Za-z]+)?| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"  # for the stdlib's re
 
@@ -1149,6 +1149,14 @@ def flaw_small(response, review, stream):
     return re.sub(r"(?<=[.!?] )[A-Z](?!\w* [A-Z])", lambda m: m[0].lower(), response)
 
 
+def praise_on(review):
+    """Three more sentences of praise, in words that are new to the review."""
+    before = len(review.text)
+    for _ in range(3):
+        review.sentence("flat", "+", turn=False)
+    return articles(review.text[before:])
+
+
 FLAWS = [flaw_repeat, flaw_double, flaw_cut, flaw_ramble, flaw_shuffle, flaw_contradict,
          flaw_filler, flaw_small]
 
@@ -1170,7 +1178,7 @@ def opening(stream):
 
 
 def respond(prompt, drawn, rng):
-    """Another continuation of an opening, three times in ten with a flaw; None if unfit."""
+    """Another continuation of an opening, at times with a flaw or more praise; None if unfit."""
     stream = Stream(rng, drawn)
     review = Review(stream)
     full = review.tell()
@@ -1178,7 +1186,10 @@ def respond(prompt, drawn, rng):
     if not full.startswith(start) or full[len(start)] not in " ,.!?:":
         return None
     response = full[len(start):]
-    if stream.next() < .15:
+    luck = stream.next()
+    if luck > .92:
+        response += praise_on(review)
+    elif luck < .15:
         if len(response.split()) < 4 or response[0] not in " ,":
             return None
         response = stream.pick(FLAWS)(response, review, stream)
