@@ -109,7 +109,8 @@ def check(config):
             field.type, (float, int, type(None)))
         need(isinstance(value, kinds) and not isinstance(value, bool), field.name,
              getattr(field.type, "__name__", str(field.type)))
-        need(not isinstance(value, float) or math.isfinite(value), field.name, "a finite number")
+        need(not isinstance(value, float) or abs(value) < 1e38, field.name,
+             "a finite number, of float32's range")
         need(field.name == "seed" or not isinstance(value, int) or abs(value) < 2**31, field.name,
              "less than 2**31")
     for name in ("block_size n_layer n_head n_embd lm_batch_size rm_batch_size max_new_tokens "
