@@ -464,6 +464,17 @@ def test_rewards_to_go_by_hand():
 
 
 @SEEDS
+def test_the_exact_value_is_the_expected_reward_to_go(seed):
+    """V(s) = E[R_t | s_t = s]: the helper's recursion against the list."""
+    w = listed(seed)
+    to_go = rewards_to_go(w.rewards, w.mask)
+    for s in range(len(w.world.states)):
+        through = (w.world.state_of == s) & w.mask
+        p = w.p[:, None].expand_as(w.mask)[through]
+        close(w.values[through][0], (p * to_go[through]).sum() / p.sum())
+
+
+@SEEDS
 @pytest.mark.parametrize("name", ["rewards-to-go", "baseline", "advantage"])
 def test_rewards_to_go_a_baseline_and_the_advantage_keep_the_expectation(seed, name):
     """∇J = E[Σ_t ∇log π(a_t|s_t) w_t] for w_t = R_t, then R_t − V(s_t), then A(s_t, a_t).
