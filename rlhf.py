@@ -72,7 +72,7 @@ class Config:
     max_new_tokens: int = 64           # T_max: a response that is longer is cut
     temperature: float = 1.0           # of sampling, and of every log-prob in PPO
     # -- ppo
-    ppo_iterations: int = 70           # times collect + update
+    ppo_iterations: int = 60           # times collect + update
     ppo_batch_size: int = 128          # trajectories an iteration
     ppo_epochs: int = 2                # passes over each batch of experience
     minibatch_size: int = 32           # trajectories a gradient step
