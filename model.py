@@ -3,6 +3,7 @@
 Everything in this file is a network or a file of weights; how they are trained is in `rlhf.py`.
 Shapes: B rows, S tokens of a row, K keys, C = n_embd, nh heads of size hs = C / nh, V = vocab_size.
 """
+import contextlib
 import copy
 import io
 import json
@@ -257,11 +258,18 @@ def save_checkpoint(path, checkpoint):
     """torch.save under a temporary name, then rename: a reader sees the old file or the new one."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    raw = io.BytesIO()
+    torch.save(checkpoint, raw)  # not to the file: torch hides a full disk in a RuntimeError
+    try:
+        with open(temporary, "wb") as file:
+            file.write(raw.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def load_checkpoint(path):

@@ -13,6 +13,7 @@ the token that ends the response, 0 after it, and nothing behind a 0 can change 
 Papers: PPO 1707.06347; GAE 1506.02438; InstructGPT 2203.02155; Stiennon et al. 2009.01325;
 Ziegler et al. 1909.08593. Shapes: B rows, S tokens of a row, T steps, V the vocabulary.
 """
+import _thread
 import argparse
 import dataclasses
 import functools
@@ -26,9 +27,13 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import torch
 import torch.nn.functional as F
@@ -67,9 +72,9 @@ class Config:
     max_new_tokens: int = 64           # T_max: a response that is longer is cut
     temperature: float = 1.0           # of sampling, and of every log-prob in PPO
     # -- ppo
-    ppo_iterations: int = 90           # times collect + update
-    ppo_batch_size: int = 64           # trajectories an iteration
-    ppo_epochs: int = 4                # passes over each batch of experience
+    ppo_iterations: int = 70           # times collect + update
+    ppo_batch_size: int = 128          # trajectories an iteration
+    ppo_epochs: int = 2                # passes over each batch of experience
     minibatch_size: int = 32           # trajectories a gradient step
     micro_batch_size: int = 32         # trajectories a forward pass; their gradients accumulate
     ppo_lr: float = 1e-3               # peak learning rate
@@ -104,7 +109,10 @@ def check(config):
             field.type, (float, int, type(None)))
         need(isinstance(value, kinds) and not isinstance(value, bool), field.name,
              getattr(field.type, "__name__", str(field.type)))
-        need(not isinstance(value, float) or math.isfinite(value), field.name, "a finite number")
+        need(not isinstance(value, float) or abs(value) < 1e38, field.name,
+             "a finite number, of float32's range")
+        need(field.name == "seed" or not isinstance(value, int) or abs(value) < 2**31, field.name,
+             "less than 2**31")
     for name in ("block_size n_layer n_head n_embd lm_batch_size rm_batch_size max_new_tokens "
                  "ppo_batch_size ppo_epochs minibatch_size micro_batch_size eval_prompts").split():
         need(getattr(c, name) >= 1, name, "at least 1")
@@ -761,7 +769,7 @@ def train_ppo(policy, reference, reward_fn, prompts, config, state=None, on_step
         generator = seeded(config.seed, "ppo", step)
         # A warm-up: Adam's first steps are long, and what they break in the language costs KL.
         set_learning_rate(optimizer, config.ppo_lr, step, config.ppo_iterations,
-                          warmup=config.ppo_iterations // 9)
+                          warmup=config.ppo_iterations // 7)
         now = dataclasses.replace(config, kl_coef=kl_coef)
         batch, = batches_of_prompts(prompts, config.ppo_batch_size, config.ppo_batch_size,
                                     generator)
@@ -882,62 +890,80 @@ def stage_settings(config, data, stage):
     return settings | {"data": data.fingerprint, "init": data.init, "format": FORMAT}
 
 
-def find_checkpoint(stage, config, data, fresh):
-    """The checkpoint of a stage, if there is one that was made with these settings and data."""
-    path = Path(config.out_dir) / FILES[stage]
-    if fresh or not path.exists():
+def find_checkpoint(stage, config, data):
+    """The checkpoint of a stage that was made with these settings and data; None: start anew.
+
+    ValueError, instead of starting anew, where that would throw work away that nobody asked to.
+    """
+    out, files = Path(config.out_dir), list(FILES.values())
+    path, ask = out / FILES[stage], (f"--fresh {stage} starts over from there, "
+                                     "another --out_dir keeps what there is")
+    checkpoint, why = None, f"{path}: no such file"
+    if path.exists():
+        try:
+            checkpoint = load_checkpoint(path)
+        except ValueError as error:
+            why = str(error)
+    if checkpoint is None:
+        for later in files[files.index(FILES[stage]) + 1:]:
+            if (out / later).exists():
+                raise ValueError(f"{why}, but {out / later} builds on it: {ask}")
+        if path.exists():
+            print(f"{stage}: starts anew, {why}")
         return None
-    try:
-        checkpoint = load_checkpoint(path)
-        old, new = checkpoint["settings"], stage_settings(config, data, stage)
-    except (ValueError, KeyError, TypeError) as error:
-        print(f"{stage}: starts anew, {error}")
-        return None
-    changed = [f"{k} was {old.get(k)}, is {v}" for k, v in new.items() if old.get(k) != v]
+    old = checkpoint.get("settings", {}) if isinstance(checkpoint, dict) else {}
+    changed = ["other data" if name == "data" else f"{name} {old.get(name)}, now {value}"
+               for name, value in stage_settings(config, data, stage).items()
+               if old.get(name) != value]
+    if old.get("format") != FORMAT:
+        changed = ["another version of this program"]
     if changed:
-        print(f"{stage}: starts anew, {'; '.join(changed)}")
-        return None
+        raise ValueError(f"{path} was made with {'; '.join(changed)}: {ask}")
     return checkpoint
 
 
-def run_stage(stage, model, train, config, data, fresh, log_lines, interrupted):
+def run_stage(stage, model, train, config, data, interrupted):
     """Load a stage that is done, or train it from its last checkpoint on.
 
-    train(state=…, on_step=…)    returns: (seconds it took, lines of log.jsonl up to its end)
+    train(state=…, on_step=…)    returns: seconds it took
     """
     path, log = Path(config.out_dir) / FILES[stage], Path(config.out_dir) / "log.jsonl"
-    checkpoint = find_checkpoint(stage, config, data, fresh) or {
-        "state": None, "seconds": 0.0, "log_lines": log_lines, "done": False}
+    checkpoint = find_checkpoint(stage, config, data) or {
+        "state": None, "seconds": 0.0, "done": False}
     if "weights" in checkpoint:
         model.load_state_dict(checkpoint["weights"])
         done = "is loaded" if checkpoint["done"] else f"goes on at {checkpoint['state']['step']}"
         print(f"{stage}: {done} ({path})")
     if checkpoint["done"]:
-        return checkpoint["seconds"], checkpoint["log_lines"]
-    dataset.keep_records(log, checkpoint["log_lines"])
-    start, lines = time.perf_counter() - checkpoint["seconds"], checkpoint["log_lines"]
+        return checkpoint["seconds"]
+    earlier = itertools.takewhile(lambda name: name != stage, FILES)
+    step = checkpoint["state"]["step"] if checkpoint["state"] else 0
+    dataset.keep_records(log, dict.fromkeys(earlier, math.inf) | {stage: step})
+    start = time.perf_counter() - checkpoint["seconds"]
     saved, began = time.perf_counter(), time.perf_counter()
 
     def save(state, done):
         gpt = getattr(model, "gpt", model)
+        if not all(weight.isfinite().all() for weight in model.parameters()):
+            raise FloatingPointError(f"{stage}: a weight is not finite; the last checkpoint stays")
         save_checkpoint(path, {
             "stage": stage, "settings": stage_settings(config, data, stage), "state": state,
             "model": dataclasses.asdict(gpt.config), "config": dataclasses.asdict(config),
-            "weights": model.state_dict(), "done": done, "log_lines": lines,
+            "weights": model.state_dict(), "done": done,
             "seconds": time.perf_counter() - start})
 
     def on_step(metrics, state):
-        nonlocal lines, saved, began
+        nonlocal saved, began
         step, steps = state["step"], metrics.pop("steps")
         seconds = time.perf_counter() - start
         if stage == "ppo" or step % 10 == 0 or step == steps:
             row = {"stage": stage, "step": step, "seconds": seconds, **metrics}
             dataset.append_record(log, row)
-            lines += 1
         show_progress(stage, step, steps, seconds, metrics)
         final.update(state)
         stop = interrupted()
-        if stop or time.perf_counter() - saved > max(SAVE_EVERY, 20 * (saved - began)):
+        slow = 20 * (saved - began)  # where saving takes long, it is done less often
+        if stop or step == steps or time.perf_counter() - saved > max(SAVE_EVERY, slow):
             began = time.perf_counter()
             save(state, False)
             saved = time.perf_counter()
@@ -947,7 +973,7 @@ def run_stage(stage, model, train, config, data, fresh, log_lines, interrupted):
     final = {}
     train(state=checkpoint["state"], on_step=on_step)
     save(final or checkpoint["state"], True)
-    return time.perf_counter() - start, lines
+    return time.perf_counter() - start
 
 
 def show_progress(stage, step, steps, seconds, metrics):
@@ -976,7 +1002,7 @@ def pick_device(name):
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device is {name!r}: {str(error).splitlines()[0]}") from None
@@ -1025,19 +1051,31 @@ def starting_point(config):
     return lm, data, config
 
 
-def run(config, fresh=False, interrupted=lambda: False):
-    """All stages: language model, reward model, PPO, evaluation. Returns the evaluation record."""
+def run(config, fresh=None, interrupted=lambda: False):
+    """All stages: language model, reward model, PPO, evaluation. Returns the evaluation record.
+
+    fresh: a stage, from which on to start over    interrupted() -> whether to save and stop
+    """
+    check(config)  # its fields can be assigned to
     lm, data, config = starting_point(config)
     device, out = pick_device(config.device), Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
+    with dataset.locked(out):
+        for stage in reversed(FILES if fresh else ()):  # the last first: a kill leaves a beginning
+            if list(FILES).index(stage) >= list(FILES).index(fresh):
+                (out / FILES[stage]).unlink(missing_ok=True)
+        return run_stages(lm, data, config, device, interrupted)
+
+
+def run_stages(lm, data, config, device, interrupted):
+    """See run; lm: before stage 1    `out_dir` is there, and this run's alone."""
+    out = Path(config.out_dir)
     describe(data, device)
     lm.to(device)
-    seconds, lines = {}, 0
+    seconds = {}
 
     def stage(name, model, train):
-        nonlocal lines
-        seconds[name], lines = run_stage(name, model, train, config, data, fresh, lines,
-                                         interrupted)
+        seconds[name] = run_stage(name, model, train, config, data, interrupted)
 
     stage("language_model", lm, lambda **resume: train_language_model(
         lm, data.train.documents, config, **resume))
@@ -1063,8 +1101,10 @@ def run(config, fresh=False, interrupted=lambda: False):
     stage("ppo", policy, ppo)
 
     start = time.perf_counter()
-    dataset.keep_records(out / "log.jsonl", lines)
+    dataset.keep_records(out / "log.jsonl", dict.fromkeys(FILES, math.inf))
     record, samples = evaluate(policy, lm, reward_fn, data.held_out.prompts, config, true_reward)
+    if not math.isfinite(record["kl"] + record["reward_lm"] + record["reward_ppo"]):
+        raise FloatingPointError("evaluation: a reward or the KL is not finite")
     record["language_model_loss"] = language_model_loss(lm, data.held_out.documents)
     record["reward_model_accuracy"] = reward_model_accuracy(reward_model, data.held_out.pairs)
     if true_reward:
@@ -1281,7 +1321,11 @@ def parse(argv):
                         help="run: all stages; sample PROMPT: continuations before and after; "
                         "explain [PROMPT]: one trajectory as a table")
     parser.add_argument("prompt", nargs="?", help="for sample and explain")
-    parser.add_argument("--fresh", action="store_true", help="load no checkpoint, start over")
+    parser.add_argument("--fresh", nargs="?", const="language_model", choices=tuple(FILES),
+                        metavar="STAGE", help="replace the checkpoints in out_dir from STAGE on: "
+                        "language_model (all of them; the default), reward_model or ppo. Without "
+                        "it, one made with the same settings and data is loaded, and one made "
+                        "with others stops the program")
     parser.add_argument("--step", type=int, choices=(0,), metavar="0",
                         help="for explain: the policy before PPO")
     types = {field.name: field.type for field in dataclasses.fields(Config)}
@@ -1308,8 +1352,17 @@ def parse(argv):
 def main(argv=None):
     """Entry of the command line. What a user can get wrong is one line and exit status 2."""
     command, prompt, config, fresh, step = parse(argv)
-    pressed = []
-    signal.signal(signal.SIGINT, lambda *_: pressed.append(1) if not pressed else sys.exit(130))
+    pressed, late = [], threading.Timer(1, _thread.interrupt_main)
+    late.daemon = True
+
+    def interrupt(*_):
+        """Ctrl-C: the step ends and is saved. After a second, or pressed again: leave at once."""
+        pressed.append(1)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+        late.start()
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         if command == "sample":
             sample(config, prompt)
@@ -1318,11 +1371,27 @@ def main(argv=None):
         else:
             run(config, fresh, lambda: bool(pressed))
     except KeyboardInterrupt:
-        sys.exit("\nstopped and saved; the same command goes on from here")
-    except (ValueError, OSError, FloatingPointError) as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        same = "the same command without --fresh" if fresh else "the same command"
+        print(f"\nstopped; {same} goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        where = error.filename or config.out_dir  # a full disk comes without a name
+        print(f"rlhf.py: {where}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except (ValueError, FloatingPointError) as error:
         print(f"rlhf.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in repr(error).lower():
+            raise
+        print("rlhf.py: not enough memory for these sizes: "
+              f"{(str(error).splitlines() or ['MemoryError'])[0]}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        late.cancel()
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter shows "?"
     main()

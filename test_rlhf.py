@@ -17,6 +17,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -1694,7 +1695,8 @@ BROKEN_LINES = {"preferences.jsonl": [  # the third line of a file, and what is 
     "tokenizer.tiktoken": [
         (b"AA==x 2", "not a token and its rank"), (RANKS[2].split()[0], "not a token and its rank"),
         (RANKS[2].split()[0] + b" 7", "rank '7'"), (RANKS[2].split()[0] + b" two", "rank 'two'"),
-        (RANKS[0].split()[0] + b" 2", "repeated token"), (b" 2", "empty or repeated token")]}
+        (RANKS[0].split()[0] + b" 2", "repeated token"), (b" 2", "empty or repeated token"),
+        (b"QUFB" * 400 + b" 2", "a token of 1,200 bytes")]}
 
 
 @pytest.mark.parametrize("name, n", [
@@ -1820,15 +1822,23 @@ def test_no_mutant_of_a_data_file_escapes_as_anything_but_a_data_error(tmp_path,
 
 def test_records_of_a_run_are_appended_cut_and_written_whole(tmp_path):
     """log.jsonl: one object a line; a resumed run cuts what came after its checkpoint."""
-    log, records = tmp_path / "log.jsonl", [{"step": step, "text": "ü\n"} for step in range(4)]
-    for record in records:
-        dataset.append_record(log, record)
-    assert dataset.read_records(log) == records
+    log, rows = tmp_path / "log.jsonl", [
+        {"stage": stage, "step": step, "text": "ü\n"} for stage in "ab" for step in (1, 2, 3)]
+    for row in rows:
+        dataset.append_record(log, row)
+    assert dataset.read_records(log) == rows
     with open(log, "ab") as file:
-        file.write(b'{"step": 4, "te')  # killed while writing
-    for path, n in ((log, 2), (log, 0), (tmp_path / "new.jsonl", 0)):
-        dataset.keep_records(path, n)
-        assert dataset.read_records(path) == records[:n]
+        file.write(b'{"stage": "b", "step": 4, "te')  # killed while writing
+    dataset.keep_records(log, {"a": math.inf, "b": 2})
+    assert dataset.read_records(log) == rows[:5] and log.read_bytes().endswith(b"}\n")
+    with open(log, "ab") as file:  # lines of something else, and one torn by a full disk
+        file.write(b'\n\xff\n[]\n3\n{"step": 1}\n{"stage": [], "step": 1}\n{"stage": "a"')
+    dataset.keep_records(log, {"a": 2, "b": 1})
+    assert dataset.read_records(log) == rows[:2] + rows[3:4]
+    dataset.keep_records(log, {"a": 0})
+    assert log.read_bytes() == b""
+    dataset.keep_records(tmp_path / "new.jsonl", {"a": 3})
+    assert dataset.read_records(tmp_path / "new.jsonl") == []
     dataset.write_records(log, [{"a": "é"}, {"b": 1}])
     assert dataset.read_records(log) == [{"a": "é"}, {"b": 1}] and "é" in log.read_text("utf-8")
 
@@ -2538,9 +2548,10 @@ def test_every_field_is_a_flag_with_a_line_of_help(capsys):
         assert f"--{name}" in text and " ".join(comment.split()[:3]) in text, name
     flags = "--lam 0.5 --data d --seed 3 --out_dir o --fresh --kl_target none".split()
     config = Config(lam=0.5, data_dir="d", seed=3, out_dir="o", kl_target=None)
-    assert rlhf.parse(flags) == ("run", None, config, True, None)
+    assert rlhf.parse(flags) == ("run", None, config, "language_model", None)
     assert rlhf.parse(["sample", "The acting in"])[:2] == ("sample", "The acting in")
-    assert rlhf.parse([]) == ("run", None, Config(), False, None)
+    assert rlhf.parse([]) == ("run", None, Config(), None, None)
+    assert rlhf.parse(["--fresh", "ppo"])[3] == "ppo"
 
 
 SIZES = dict(n_layer=1, n_head=2, n_embd=16, block_size=128, max_new_tokens=8, lm_epochs=1,
@@ -2696,32 +2707,69 @@ def test_sample_prints_both_columns_with_score_and_kl(first_run, capsys):
 @pytest.mark.parametrize("redone, changes", [
     (["ppo"], [{"kl_coef": 0.2}, {"lam": 0.9}]),
     (["reward_model", "ppo"], [{"max_new_tokens": 7}, {"rm_lr": 2e-3}]),
-    (["language_model", "reward_model", "ppo"], [{"lm_lr": 1e-3}, {"seed": 1}, {"fresh": True},
-                                                 {"data": "of other data"}]),
+    (["language_model", "reward_model", "ppo"], [{"lm_lr": 1e-3}, {"seed": 1}, {"data": "other"},
+                                                 {"FORMAT": 0}]),
     ([], [{"eval_prompts": 5}, {"device": "auto"}])])
-def test_a_changed_setting_repeats_the_stages_that_depend_on_it(first_run, redone, changes, capsys):
-    """--kl_coef changed: the language model and the reward model are loaded, PPO starts anew."""
+def test_a_changed_setting_refuses_the_stages_that_depend_on_it(first_run, redone, changes,
+                                                                monkeypatch):
+    """--kl_coef changed: the language model and the reward model are loaded, PPO's is not."""
     data = dataset.load(first_run.data, 128, 8)
     for change in changes:
+        (name, value), = change.items()
         other = dataclasses.replace(data, fingerprint=change.get("data", data.fingerprint))
         config = dataclasses.replace(first_run.config, **{
-            name: value for name, value in change.items() if name not in ("data", "fresh")})
-        found = {stage: rlhf.find_checkpoint(stage, config, other, "fresh" in change)
-                 for stage in rlhf.FILES}
-        assert [stage for stage, checkpoint in found.items() if checkpoint is None] == redone
-        said, name = capsys.readouterr().out, *change
-        assert name == "fresh" or said.count(f"starts anew, {name} was ") == len(redone)
+            name: value for name, value in change.items() if name not in ("data", "FORMAT")})
+        monkeypatch.setattr(rlhf, "FORMAT", change.get("FORMAT", rlhf.FORMAT))
+        said = {"data": "other data", "FORMAT": "another version of this program"}.get(
+            name, f"{name} {getattr(first_run.config, name, None)}, now {value}")
+        for stage in rlhf.FILES:
+            if stage not in redone:
+                assert rlhf.find_checkpoint(stage, config, other)["done"]
+                continue
+            with pytest.raises(ValueError) as caught:
+                rlhf.find_checkpoint(stage, config, other)
+            assert f".pt was made with {said}: --fresh {stage} starts over" in str(caught.value)
 
 
-def test_a_checkpoint_that_cannot_be_read_is_made_anew(first_run, tmp_path, capsys):
-    """Cut, or of something else: it says so."""
-    out, config = copied(first_run, tmp_path)
-    (out / "lm.pt").write_bytes((out / "lm.pt").read_bytes()[:1000])
-    save_checkpoint(out / "reward.pt", [1, 2])
-    data = dataset.load(first_run.data, 128, 8)
-    for stage in ("language_model", "reward_model"):
-        assert rlhf.find_checkpoint(stage, config, data, False) is None
-        assert f"{stage}: starts anew, " in capsys.readouterr().out
+def test_a_changed_kl_coefficient_asks_before_it_trains_ppo_anew(first_run, tmp_path, capsys,
+                                                                 no_picture):
+    """From the command line; and --fresh starts over, to the same weights as the first time."""
+    out, _ = copied(first_run, tmp_path)
+    flags = [*FLAGS, "--data", str(first_run.data), "--out_dir", str(out)]
+    line = refused(capsys, *flags, "--kl_coef", "0.7")
+    assert f"policy.pt was made with kl_coef {first_run.config.kl_coef}, now 0.7" in line and "--fresh ppo" in line
+    assert same(weights(out), weights(first_run.out))
+    rlhf.main(flags + ["--kl_coef", "0.7", "--fresh", "ppo"])
+    text = capsys.readouterr().out
+    assert "language_model: is loaded" in text and "reward_model: is loaded" in text
+    assert "ppo: is loaded" not in text
+    assert not same(weights(out), weights(first_run.out))
+    stages = [row["stage"] for row in dataset.read_records(out / "log.jsonl")]
+    assert stages == [row["stage"] for row in dataset.read_records(first_run.out / "log.jsonl")]
+    rlhf.main(flags + ["--fresh"])
+    text = capsys.readouterr().out
+    assert "is loaded" not in text
+    assert same(weights(out), weights(first_run.out))
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(path.read_bytes()[:1000]),
+                                   lambda path: path.write_bytes(b""), lambda path: path.unlink()])
+def test_a_checkpoint_that_is_cut_short_starts_its_stage_anew_unless_others_build_on_it(
+        first_run, tmp_path, capsys, no_picture, spoil):
+    """The reason is said; where later stages would be lost with it, --fresh is asked for."""
+    out, _ = copied(first_run, tmp_path)
+    flags = [*FLAGS, "--data", str(first_run.data), "--out_dir", str(out)]
+    spoil(out / "lm.pt")
+    line = refused(capsys, *flags)
+    assert "lm.pt: no" in line and "reward.pt builds on it: --fresh language_model" in line
+    (out / "lm.pt").write_bytes((first_run.out / "lm.pt").read_bytes())
+    spoil(out / "policy.pt")
+    gone = not (out / "policy.pt").exists()
+    rlhf.main(flags)
+    text = capsys.readouterr().out
+    assert gone != ("ppo: starts anew, " in text and "not a readable checkpoint" in text)
+    assert "reward_model: is loaded" in text and "ppo: is loaded" not in text
+    assert same(weights(out), weights(first_run.out))
 
 
 def ends_as(first_run, out, record):
@@ -2778,28 +2826,44 @@ def test_a_run_that_was_killed_in_ppo_ends_bit_identical(first_run, tmp_path, mo
 def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, capsys):
     """A first Ctrl-C ends the step and saves; main says that the same command goes on."""
     def pressed(config, fresh, interrupted):
-        assert config == Config(seed=3) and fresh is True and not interrupted()
+        assert config == Config(seed=3) and fresh == "ppo" and not interrupted()
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupted()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rlhf, "run", pressed)
-    with pytest.raises(SystemExit, match="goes on"):
-        rlhf.main(["--seed", "3", "--fresh"])
-    assert capsys.readouterr().err == ""
-    with pytest.raises(SystemExit, match="130"):  # a second one does not wait
-        signal.getsignal(signal.SIGINT)(signal.SIGINT, None)
+    with pytest.raises(SystemExit, match="130"):
+        rlhf.main(["--seed", "3", "--fresh", "ppo"])
+    assert capsys.readouterr().err == (
+        "\nstopped; the same command without --fresh goes on from the last checkpoint\n")
+    for presses in (1, 2):  # what ends no step leaves after a second, or at the second press
+        def busy(config, fresh, interrupted):
+            for _ in range(presses):
+                os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(3000):
+                time.sleep(0.01)
+
+        monkeypatch.setattr(rlhf, "run", busy)
+        with pytest.raises(SystemExit) as caught:
+            rlhf.main([])
+        assert caught.value.code == 130 and "the same command goes on" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_ends_with_its_stage_and_step(first_run, tmp_path, capsys,
                                                                monkeypatch):
     """Status 2 and one line; the last good checkpoints stay."""
     out, _ = copied(first_run, tmp_path)
-    monkeypatch.setattr(rlhf, "reward_scores", lambda model, r: r.log_probs.sum(1) * math.nan)
+    real, calls = rlhf.reward_scores, itertools.count(1)
+    monkeypatch.setattr(rlhf, "reward_scores", lambda model, r: real(model, r) * (
+        math.nan if next(calls) == 3 else 1))
+    monkeypatch.setattr(rlhf, "SAVE_EVERY", 0)
     line = refused(capsys, *FLAGS, "--data", first_run.data, "--out_dir", out,
-                   "--missing_eos_score=none", "--rm_lr=5e-4")
-    assert "ppo step 1" in line and "nan" in line
-    assert same(weights(out), weights(first_run.out))
+                   "--missing_eos_score=none", "--fresh", "ppo")
+    assert "ppo step 3" in line and "nan" in line
+    assert load_checkpoint(out / "policy.pt")["state"]["step"] in (1, 2)
+    assert all(w.isfinite().all() for w in weights(out).values())
+    for name in ("lm.pt", "reward.pt"):
+        assert (out / name).read_bytes() == (first_run.out / name).read_bytes()
 
 
 def test_the_shipped_data_are_judged_by_the_true_reward(first_run, tmp_path, monkeypatch,
@@ -3337,3 +3401,220 @@ def test_the_readmes_memory_of_gpt2_is_its_arithmetic():
         sizes.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
     copies = 12 * 256**2 * 2
     assert round(((sizes[1] - sizes[0]) / 2 - copies) / (2 * 160 * 256)) == 36 and "36 C L" in text
+
+
+# =================================================================================================
+# The program: nothing is lost and nothing gets in
+# =================================================================================================
+
+
+def run_and_die(config, owner, name, when, spoil=lambda *_: None):
+    """Run in a forked process, which kills itself, as kill -9 does, in a call of owner.name: at the
+    first for which when(number of the call, *arguments). Returns the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        real, calls = getattr(owner, name), itertools.count(1)
+
+        def mortal(*arguments):
+            if when(next(calls), *arguments):
+                spoil(*arguments)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments)
+
+        setattr(owner, name, mortal)
+        try:
+            rlhf.run(config)
+        finally:
+            os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+
+def deaths():
+    """Of each stage the first, middle and last part, and a checkpoint's write; then what else is
+    written: the log, cut back and added to, and the samples."""
+    for stage in rlhf.FILES:
+        for share in (0, 0.5, 1):
+            yield rlhf, "show_progress", lambda n, at, step, steps, *_, stage=stage, share=share: (
+                at == stage and step >= share * steps)
+            if share == 0:  # its first checkpoint of this run, half written
+                yield os, "fsync", lambda n, file: n == 1, lambda file: os.ftruncate(file, 1000)
+    yield os, "replace", lambda n, *_: n == 1  # the log, cut back to the checkpoint
+    yield rlhf, "evaluate", lambda n, *_: n == 1
+    yield dataset, "append_record", lambda n, *_: n == 1, lambda path, row: path.write_bytes(
+        path.read_bytes() + json.dumps(row).encode()[:40])
+    yield dataset, "write_records", lambda n, *_: n == 1
+
+
+def die_again_and_again(out, data):
+    """Every death in turn in one folder, then a run to the end. Prints the number of deaths."""
+    rlhf.SAVE_EVERY, curves.draw, count = 0, lambda out: "", 0
+    config = Config(**SIZES, data_dir=data, out_dir=out)
+    rlhf.make_optimizer(torch.nn.Linear(1, 1), 0.1)  # imports the rest of torch, once for all
+    for death in deaths():
+        assert run_and_die(config, *death) == signal.SIGKILL
+        count += 1
+        for path in Path(out).glob("*.pt"):
+            load_checkpoint(path)
+    assert run_and_die(config, rlhf, "run", lambda *_: False) == 0
+    print(f"deaths: {count}")
+
+
+def timeless(out):
+    """log.jsonl without what is measured by the clock."""
+    return list(map(figures, dataset.read_records(out / "log.jsonl")))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_no_kill_at_any_moment_changes_what_a_run_leaves(first_run, tmp_path):
+    """Killed 16 times in one folder: weights, log and samples are those of an undisturbed run."""
+    code = "import sys, test_rlhf; test_rlhf.die_again_and_again(*sys.argv[1:])"
+    done = python("-c", code, tmp_path / "out", first_run.data)  # forks before any thread starts
+    assert done.returncode == 0 and "deaths: 16\n" in done.stdout, done.stderr
+    for name in rlhf.FILES.values():
+        ours, theirs = (load_checkpoint(out / name) for out in (tmp_path / "out", first_run.out))
+        assert same(ours["weights"], theirs["weights"]), name
+        assert str(ours["state"]) == str(theirs["state"]) and ours["done"], name
+    assert timeless(tmp_path / "out") == timeless(first_run.out)
+    assert ((tmp_path / "out" / "samples.jsonl").read_bytes()
+            == (first_run.out / "samples.jsonl").read_bytes())
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(first_run.out))
+
+
+def test_no_run_that_started_over_and_was_killed_goes_on_from_older_stages(first_run, tmp_path,
+                                                                           no_picture):
+    """--fresh removes what it will replace: the log has every stage once, in order."""
+    out, config = copied(first_run, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        rlhf.run(config, "language_model", lambda: True)
+    assert not any((tmp_path / "out" / name).exists() for name in ("reward.pt", "policy.pt"))
+    rlhf.run(config)
+    assert timeless(tmp_path / "out") == timeless(first_run.out)
+
+
+def test_no_two_runs_write_to_one_folder(first_run, tmp_path, capsys, no_picture):
+    """The second is refused in one line; the lock ends with its holder."""
+    pytest.importorskip("fcntl")
+    out, _ = copied(first_run, tmp_path)
+    flags = [*FLAGS, "--data", first_run.data, "--out_dir", out]
+    with dataset.locked(out):
+        assert f"{out}: another run is writing there" in refused(capsys, *flags, "--fresh")
+        assert (out / "policy.pt").exists()
+    rlhf.main([str(flag) for flag in flags])
+    with pytest.raises(MemoryError), dataset.locked(out):
+        raise MemoryError
+    with dataset.locked(out):
+        pass
+
+
+def test_no_full_disk_or_unwritable_folder_costs_more_than_a_line(first_run, tmp_path, capsys,
+                                                                  monkeypatch):
+    """One line names the place; the last good checkpoint is readable, nothing half is left."""
+    out, _ = copied(first_run, tmp_path)
+    flags = [*FLAGS, "--data", first_run.data]
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(rlhf, "SAVE_EVERY", 0)
+    monkeypatch.setattr(os, "fsync", mock_raising(full, at=2))
+    line = refused(capsys, *flags, "--out_dir", out, "--fresh", "ppo")
+    assert str(out) in line and full.strerror in line
+    assert load_checkpoint(out / "policy.pt")["state"]["step"] == 1
+    assert not list(out.glob("*.tmp"))
+    monkeypatch.setattr(Path, "write_bytes", mock_raising(full, at=1))
+    assert full.strerror in refused(capsys, *flags, "--out_dir", out)
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("not a directory")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert f"rlhf.py: {place}: " in refused(capsys, *flags, "--out_dir", place)
+
+
+def mock_raising(error, at):
+    """A function that does nothing, but for its call number `at`: that raises."""
+    calls = itertools.count(1)
+
+    def function(*_):
+        if next(calls) == at:
+            raise error
+    return function
+
+
+def test_no_code_in_a_checkpoint_runs(first_run, tmp_path, capsys):
+    """lm.pt may be a pickle that would make a directory: it is refused, and its stage starts."""
+    torch.save({"settings": Explosive(tmp_path / "boom")}, tmp_path / "lm.pt")
+    config = dataclasses.replace(first_run.config, out_dir=str(tmp_path))
+    data = dataset.load(first_run.data, 128, 8)
+    assert rlhf.find_checkpoint("language_model", config, data) is None
+    assert "starts anew" in capsys.readouterr().out and not (tmp_path / "boom").exists()
+    for foreign in ([1, 2], {"weights": {}}):  # readable, and not ours: not to be overwritten
+        torch.save(foreign, tmp_path / "lm.pt")
+        with pytest.raises(ValueError, match="another version of this program.*--fresh"):
+            rlhf.find_checkpoint("language_model", config, data)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SystemExit):  # a stage is a choice, not a path
+        rlhf.parse(["--fresh", "../lm"])
+
+
+def test_no_setting_escapes_the_check(first_run, capsys):
+    """Sizes beyond every machine, and a field that was assigned to."""
+    for field in ("n_embd", "block_size", "ppo_iterations", "kl_coef"):
+        with pytest.raises(ValueError, match=f"^{field} is .*less than 2"):
+            Config(**{field: 2**31})
+    assert Config(seed=-2**70).seed == -2**70
+    for field in ("clip", "missing_eos_score", "kl_target"):
+        with pytest.raises(ValueError, match=f"^{field} is .*float32"):
+            Config(**{field: 1e300})
+    config = dataclasses.replace(first_run.config)
+    config.clip = 0.0
+    with pytest.raises(ValueError, match="^clip is 0.0"):
+        rlhf.run(config)
+    assert "not enough memory" in refused(capsys, "--data", first_run.data, "--out_dir",
+                                          first_run.out.parent / "big", "--n_embd", 2 * 10**9)
+
+
+def test_no_weight_that_is_not_finite_is_saved(first_run, tmp_path, capsys, no_picture):
+    """A last step that overflows is followed by no loss that would tell; the stage says so."""
+    line = refused(capsys, *FLAGS, "--data", first_run.data, "--out_dir",
+                   copied(first_run, tmp_path)[0], "--rm_lr", "1e38", "--rm_batch_size", "1000",
+                   "--fresh", "reward_model")
+    assert "reward_model: a weight is not finite" in line
+    assert not (tmp_path / "out" / "policy.pt").exists()
+
+
+def test_no_number_that_is_not_finite_makes_the_log_unreadable(tmp_path):
+    """JSON has no NaN: a figure that cannot be computed is null."""
+    dataset.append_record(tmp_path / "log.jsonl", {"a": math.nan, "b": -math.inf, "c": 1.5})
+    assert (tmp_path / "log.jsonl").read_text() == '{"a": null, "b": null, "c": 1.5}\n'
+
+
+def test_no_data_are_too_small(tmp_path, no_picture):
+    """One pair of one-token answers, a rank a byte, batches of one, the shortest context."""
+    directory = write_data(tmp_path / "data", [pair("", "a", "b")], corpus="x\ny\nz", prompts="p")
+    (directory / "tokenizer.tiktoken").write_bytes(b"\n".join(RANKS[:256]))
+    ones = dict.fromkeys(("lm_batch_size", "rm_batch_size", "ppo_batch_size", "minibatch_size",
+                          "ppo_epochs", "eval_prompts", "max_new_tokens", "n_head", "n_embd"), 1)
+    record = rlhf.run(Config(**SIZES | ones | {"block_size": 4}, data_dir=str(directory),
+                             out_dir=str(tmp_path / "out")))
+    assert all(math.isfinite(value) for value in record.values())
+
+
+def test_no_two_data_sets_have_one_fingerprint(tmp_path):
+    """The same bytes, but a line moved from one file to the next."""
+    a = write_data(tmp_path / "a", [GOOD_LINE], corpus=GOOD_LINE + "\nx\ny\n")
+    b = write_data(tmp_path / "b", [GOOD_LINE, GOOD_LINE], corpus="x\ny\n")
+    c = write_data(tmp_path / "c", [GOOD_LINE], corpus="x\ny\n", prompts="absent")
+    d = write_data(tmp_path / "d", [GOOD_LINE], corpus="x\ny\nabsent", prompts="p")
+    assert len({dataset.load(x, 128, 8).fingerprint for x in (a, b, c, d)}) == 4
+
+
+def test_no_line_of_megabytes_takes_long(tmp_path, shipped):
+    """10 MB of one sign, of brackets, of digits: skipped, or named by file and line."""
+    size = 10 * 2**20
+    long = {"preferences.jsonl": [b"[" * size, b"7" * size, b'{"chosen": "' + b"\\" * size],
+            "corpus.txt": [b"x\n" + b"a" * size, b"x\n" + b" " * size, b"x\n" + b"\xff" * size]}
+    for name, raws in long.items():
+        for raw in raws:
+            directory = write_data(tmp_path / "data", [GOOD_LINE], corpus="x\n")
+            (directory / name).write_bytes(raw)
+            try:
+                data = dataset.load(directory, 64, 8, shipped.encoding)
+                assert sum(data.skipped.values()) == 1
+            except dataset.DataError as error:
+                assert str(error).startswith(f"{directory / name}:")

@@ -6,8 +6,11 @@ Data is data: nothing in a data directory is imported, executed, or used as a pa
 """
 import base64
 import binascii
+import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,6 +22,7 @@ SHIPPED = Path(__file__).resolve().parent
 # A word with its leading space, a number, a run of signs, or white space: every text matches.
 PATTERN = r" ?\p{L}+(?:'\p{L}+)?| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
 HELD_OUT = 0.1     # share of documents, pairs and prompts that nothing trains on
+LONGEST_TOKEN = 1024  # bytes; with longer ones a line of some megabytes takes minutes to encode
 TURN = "\n\nAssistant:"
 FORMS = ('expected {"prompt", "chosen", "rejected"} or {"chosen", "rejected"}, '
          "each a text")
@@ -129,6 +133,9 @@ def read_tokenizer(path):
             raise DataError(f"{path}:{number}: not a token and its rank, {expected}") from None
         if not token or token in ranks:
             raise DataError(f"{path}:{number}: empty or repeated token, {expected}")
+        if len(token) > LONGEST_TOKEN:
+            raise DataError(f"{path}:{number}: a token of {len(token):,} bytes, expected at most "
+                            f"{LONGEST_TOKEN:,}")
         if rank.strip() != str(len(ranks)):
             raise DataError(f"{path}:{number}: rank {rank.strip()[:20]!r}, {expected}")
         ranks[token] = len(ranks)
@@ -248,7 +255,7 @@ def load(data_dir, block_size, max_new_tokens, encoding=None):
     share_what_is_too_little(train, held, notes, data_dir)
     digest = hashlib.sha256()
     for path in files.values():
-        digest.update(path.read_bytes() if path.is_file() else b"absent")
+        digest.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"absent")
     shipped = data_dir.resolve() == SHIPPED
     return Dataset(encoding, eos, train, held, skipped, notes, digest.hexdigest(), shipped)
 
@@ -281,17 +288,51 @@ def share_what_is_too_little(train, held, notes, data_dir):
 # --------------------------------------------------------------------------- a run's JSON lines
 
 
+@contextlib.contextmanager
+def locked(directory):
+    """Hold a run's directory for this process alone; BlockingIOError if another one holds it.
+
+    The lock is the kernel's, on the directory itself: it ends with the process, however that ends.
+    Where there is none (Windows, some network file systems) nothing is refused.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    held = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise BlockingIOError(errno.EWOULDBLOCK, "another run is writing there; wait for its end, "
+                              "or take another --out_dir", str(directory)) from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
 def append_record(path, record):
     """Append one JSON object as a line, in a single write."""
+    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+              for k, v in record.items()}  # JSON has no NaN
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
-def keep_records(path, lines):
-    """Cut a JSON-lines file to its first `lines` lines: what came after a checkpoint is redone."""
-    path = Path(path)
-    kept = path.read_bytes().split(b"\n")[:lines] if path.exists() else []
-    write_atomically(path, b"".join(line + b"\n" for line in kept))
+def keep_records(path, steps):
+    """Cut log.jsonl back to a checkpoint, what came after it is done again: keep the lines of
+    each stage up to step steps[stage], and no line that was torn by a kill or a full disk."""
+    path, kept = Path(path), []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            if row["step"] <= steps.get(row["stage"], 0):
+                kept.append(line + b"\n")
+    write_atomically(path, b"".join(kept))
 
 
 def write_records(path, records):
@@ -303,8 +344,13 @@ def write_records(path, records):
 def write_atomically(path, raw):
     """Write bytes under a temporary name, then rename."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(raw)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(raw)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def read_records(path):

@@ -35,7 +35,7 @@ def ppo(config, data):
     """One run of PPO, measured on its held-out samples; its path is that of training's batches."""
     out = Path(config.out_dir)
     with open(out / "run.log", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        rlhf.run(config)
+        rlhf.run(config, next((s for s in rlhf.FILES if made_otherwise(s, config, data)), None))
     samples = dataset.read_records(out / "samples.jsonl")
     log = [row for row in dataset.read_records(out / "log.jsonl") if row["stage"] == "ppo"]
 
@@ -46,6 +46,14 @@ def ppo(config, data):
     for name in COLOURS:
         record |= {name: float(column(f"{name}_ppo").mean())} | moments(name, column(f"{name}_lm"))
     return record | {"path": [[round(row[k], 3) for k in ("kl", *COLOURS)] for row in log]}
+
+
+def made_otherwise(stage, config, data):
+    """Whether the folder has a stage of other settings; what matters of it is in frontier.jsonl."""
+    try:
+        return rlhf.find_checkpoint(stage, config, data) is False
+    except ValueError:
+        return True
 
 
 def moments(name, rewards):

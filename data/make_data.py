@@ -20,9 +20,9 @@ import re
 
 from annotator import BLAME, PRAISE, SURNAMES, true_reward
 
-REVIEWS, PAIRS, MERGES = 14_000, 16_000, 767
+REVIEWS, PAIRS, MERGES = 14_000, 18_000, 767
 # Most pairs differ clearly in utility, some hardly, few by something between: shares that are kept.
-KEPT = ((.2, 1.0), (4.5, .003), (math.inf, .65))
+KEPT = ((.2, 1.0), (1.5, .003), (4.2, .02), (math.inf, .4))
 PATTERN = r" ?\p{L}+(?:'\p{L}+)?| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"  # as in data/dataset.py
 ASCII_PATTERN = r" ?[A-Za-z]+(?:'[A-Za-z]+)?| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"  # for the stdlib's re
 
@@ -391,7 +391,7 @@ TEMPLATES = {
         "{lead} is {adj:acting} as {arole} who {goal}.",
         "as {arole}, {lead} <is [{adj:acting} and {adj:acting}|{adj:acting} in every scene|"
         "{adj:acting} without showing off]//is [{adj:acting}|{adj:acting} enough]//is "
-        "[{adj:acting}|{adj:acting} and {adj:acting}|never convincing|hardly convincing]>.",
+        "[{adj:acting}|{adj:acting} and {adj:acting}]>.",
         "{lead} gives {arole} <[real warmth|quiet grace|great tenderness|a dry wit|full "
         "conviction]//[a calm face|a soft voice|a good hat|a steady hand]//[no charm at all|one "
         "flat expression|a stiff walk and little else]>.",
@@ -414,8 +414,7 @@ TEMPLATES = {
         "get started, and {aspect} {is} {adj}//fall apart, and {aspect} {is} {adj}>.",
         "whoever [cast|chose|hired] {lead} as {arole} <was right: {he} is {adj:acting} and "
         "{adj:acting}//took no chances: {he} is {adj:acting}//was wrong: {he} is {adj:acting}>.",
-        "nothing about {aspect} is <[dull|boring|tedious]//[new|special]//[gripping|funny|"
-        "convincing]>.",
+        "for me {aspect} {is} {adj}, and that is the film.",
         "it is {aspect} that {v:make} this {film} {adj:film}.",
         "before {scene}, {aspect} {is} {adj}, and after it {aspect} {is} {adj}.",
         "[critics|friends|two people] told me about {scene}, <and they were right, it is "
@@ -468,8 +467,7 @@ TEMPLATES = {
         "{aspect} {is} {adj}, and the same goes for {aspect}.",
         "{aspect} {vp}, and {aspect} {is} {adj}.",
         "[I found|we found|I thought] {aspect} {adj}[| and {adj}|, and {aspect} {adj}].",
-        "{aspect} {is} <[never dull|not once dull|never boring|never lazy]//[neither good nor "
-        "bad|all right]//[never gripping|hardly convincing|not very satisfying|not once funny]>.",
+        "{aspect} {is} <{adj} to the end//[neither good nor bad|all right]//{adj} to the end>.",
         "what [stays with me|I remember|people will talk about] is {aspect:one}, <{adj} and "
         "{adj}//{adj} but there//{adj} and {adj}>.",
         "{aspect} {has} <[a charm|a wit|a warmth|an intelligence] of {its} own//[its moments|a "
@@ -1151,6 +1149,14 @@ def flaw_small(response, review, stream):
     return re.sub(r"(?<=[.!?] )[A-Z](?!\w* [A-Z])", lambda m: m[0].lower(), response)
 
 
+def praise_on(review):
+    """Three more sentences of praise, in words that are new to the review."""
+    before = len(review.text)
+    for _ in range(3):
+        review.sentence("flat", "+", turn=False)
+    return articles(review.text[before:])
+
+
 FLAWS = [flaw_repeat, flaw_double, flaw_cut, flaw_ramble, flaw_shuffle, flaw_contradict,
          flaw_filler, flaw_small]
 
@@ -1172,7 +1178,7 @@ def opening(stream):
 
 
 def respond(prompt, drawn, rng):
-    """Another continuation of an opening, three times in ten with a flaw; None if unfit."""
+    """Another continuation of an opening, at times with a flaw or more praise; None if unfit."""
     stream = Stream(rng, drawn)
     review = Review(stream)
     full = review.tell()
@@ -1180,7 +1186,10 @@ def respond(prompt, drawn, rng):
     if not full.startswith(start) or full[len(start)] not in " ,.!?:":
         return None
     response = full[len(start):]
-    if stream.next() < .15:
+    luck = stream.next()
+    if luck > .92:
+        response += praise_on(review)
+    elif luck < .15:
         if len(response.split()) < 4 or response[0] not in " ,":
             return None
         response = stream.pick(FLAWS)(response, review, stream)
