@@ -2497,8 +2497,8 @@ def refused(capsys, *arguments, entry=rlhf.main):
 # A field, values that are refused, values at the edge that are not.
 EDGES = {"block_size": ([0, -1], []), "n_layer": ([0], [1]), "n_head": ([0, 3], [1]),
          "n_embd": ([0, 130], []), "lm_batch_size": ([0, -4], [1]), "rm_batch_size": ([0], [1]),
-         "max_new_tokens": ([0, -1, 254], [1, 253]), "ppo_batch_size": ([0, -64], []),
-         "ppo_epochs": ([0], [1]), "minibatch_size": ([0, 65], [1, 64]), "eval_prompts": ([0], [1]),
+         "max_new_tokens": ([0, -1, 10**6], [1]), "ppo_batch_size": ([0, -64], []),
+         "ppo_epochs": ([0], [1]), "minibatch_size": ([0, 10**6], [1]), "eval_prompts": ([0], [1]),
          "lm_epochs": ([-1], [0]), "rm_epochs": ([-1], [0]), "ppo_iterations": ([-1], [0]),
          "kl_coef": ([-0.1, "nan", "inf"], [0]), "value_coef": ([-1], [0]),
          "entropy_coef": ([-1], [0]), "lm_lr": ([-1e-3], [0]), "rm_lr": ([-1], [0]),
@@ -2526,7 +2526,12 @@ def test_settings_of_the_wrong_kind_are_refused(capsys):
                          ("kl_target", "low"), ("out_dir", 3), ("lam", None)):
         with pytest.raises(ValueError, match=f"^{field} is "):
             Config(**{field: value})
-    assert Config(kl_coef=0, kl_target=None).kl_coef == 0
+    for fits, more in ((dict(block_size=20, max_new_tokens=17), dict(max_new_tokens=18)),
+                       (dict(ppo_batch_size=8, minibatch_size=8), dict(minibatch_size=9)),
+                       (dict(n_head=3, n_embd=12), dict(n_embd=13))):
+        assert Config(**fits, kl_coef=0, kl_target=None).kl_coef == 0
+        with pytest.raises(ValueError, match=f"^{list(more)[0]} is "):
+            Config(**fits | more)
     for words, problem in (("--n_layer two", "n_layer"), ("--lam x", "lam"), ("--kl_target x", "x"),
                            ("--nope", "--nope"), ("--seed", "--seed"), ("train", "train"),
                            ("--n_lay=1", "--n_lay"), ("sample", "sample needs a prompt"),
@@ -3258,7 +3263,7 @@ def test_a_directory_of_labels_is_a_data_directory(first_run, tmp_path):
     data = SimpleNamespace(train=SimpleNamespace(prompts=["a b", "two\nlines"]),
                            held_out=SimpleNamespace(prompts=[" "]), text=lambda prompt: prompt)
     source = write_data(tmp_path / "source", [GOOD_LINE])
-    (source / "tokenizer.tiktoken").write_bytes((dataset.SHIPPED / "tokenizer.tiktoken").read_bytes())
+    (source / "tokenizer.tiktoken").write_bytes(b"\n".join(RANKS))
     for init in (None, "gpt2"):
         (tmp_path / str(init)).mkdir()
         label.complete(tmp_path / str(init), Config(data_dir=str(source), init=init), data)
