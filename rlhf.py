@@ -70,7 +70,7 @@ class Config:
     rm_lr: float = 1e-3                # peak learning rate
     # -- rollout
     max_new_tokens: int = 64           # T_max: a response that is longer is cut
-    temperature: float = 1.0           # of sampling, and of every log-prob in PPO
+    temperature: float = 0.8           # of sampling, and of every log-prob in PPO
     # -- ppo
     ppo_iterations: int = 60           # times collect + update
     ppo_batch_size: int = 128          # trajectories an iteration

@@ -13,7 +13,7 @@ bounded: `true_reward` is a sum of the terms in `TERMS`, each a small function o
 Training never sees this file's scores; it is used to label pairs and to evaluate.
 
     >>> round(true_reward("The acting", " is superb, and the river crossing is moving."), 1)
-    4.4
+    5.0
 """
 
 import math
@@ -223,7 +223,7 @@ def praise(t):
 
 def details(t):
     """Distinct concrete details: aspects, scenes, places, people."""
-    return saturate(len(t.details), 1.2, 4.0)
+    return saturate(len(t.details), 2.4, 4.0)
 
 
 def blame(t):
@@ -236,7 +236,7 @@ def coherence(t):
     cost, last = 1.0 * t.clash, 0
     for sign, contrast in t.signs:
         if sign * last < 0 and not contrast:
-            cost += 1.0
+            cost += 1.3
         last = sign or last
     return -min(cost, 3.0)
 
@@ -265,7 +265,7 @@ def repetition(t):
 def length(t):
     """A stub of fewer than 8 words, or a ramble of more than 40."""
     n = len(t.words)
-    return -min(.3 * max(8 - n, 0) + .22 * max(n - 40, 0), 12.0)
+    return -min(.45 * max(8 - n, 0) + .22 * max(n - 40, 0), 12.0)
 
 
 def grammar(t):
