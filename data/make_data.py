@@ -22,7 +22,7 @@ from annotator import BLAME, PRAISE, SURNAMES, true_reward
 
 REVIEWS, PAIRS, MERGES = 14_000, 18_000, 767
 # Most pairs differ clearly in utility, some hardly, few by something between: shares that are kept.
-KEPT = ((.2, 1.0), (1.5, .003), (4.5, .02), (math.inf, .45))
+KEPT = ((.2, 1.0), (4.5, .003), (math.inf, .5))
 PATTERN = r" ?\p{L}+(?:'\p{L}+)?| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"  # as in data/dataset.py
 ASCII_PATTERN = r" ?[A-Za-z]+(?:'[A-Za-z]+)?| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"  # for the stdlib's re
 
