@@ -853,8 +853,9 @@ def score_rollout(r):
 
 
 # Config as shipped, but for sizes and a learning rate that suit a few thousand parameters.
-OPTIMUM_CONFIG = dict(max_new_tokens=4, block_size=16, missing_eos_score=None, ppo_iterations=100,
-                      ppo_batch_size=512, minibatch_size=128, ppo_epochs=2, ppo_lr=2e-3)
+OPTIMUM_CONFIG = dict(max_new_tokens=4, block_size=16, temperature=1.0, missing_eos_score=None,
+                      ppo_iterations=100, ppo_batch_size=512, minibatch_size=128, ppo_epochs=2,
+                      ppo_lr=2e-3)
 OPTIMUM_PROMPTS = [(4, 1), (4, 2, 0, 3)]
 
 
@@ -2232,18 +2233,19 @@ def test_the_columns_of_explain_are_tied_by_the_equations_of_the_derivation(firs
 def test_explain_reads_the_policy_of_the_run_or_the_untrained_one(first_run, capsys):
     """log π, log π_ref and V by a pass over each state; step 0: π = π_ref and V = 0."""
     *models, _, encoding = rlhf.load_models(first_run.config)
+    heat = first_run.config.temperature
     prompt = dataset.read_records(first_run.out / "samples.jsonl")[1]["prompt"]
     x = [1023, *encoding.encode_ordinary(prompt)]
     for flags, policy in ([], models[2]), (["--step", 0], ActorCritic(models[0])):
         text, c, tokens, _, _ = explained(capsys, first_run, *flags, "--seed", 1)
         assert " ".join(text.split()).startswith(" ".join(prompt.split()) + "|")
         assert f"P = {len(x)} tokens" in text and f"position {len(x) - 1} + t" in text
-        y = rollout(policy, [x], 8, 1023, 1.0, rlhf.seeded(1, "explain", 0)).actions[0].tolist()
+        y = rollout(policy, [x], 8, 1023, heat, rlhf.seeded(1, "explain", 0)).actions[0].tolist()
         assert len(y) == len(tokens)
         for t, a in enumerate(y):
             _, values = policy(torch.tensor([x + y[:t]]))
-            for name, value in (("log-π", log_pi(policy, x + y[:t])[a]), ("V", values[0, -1]),
-                                ("log-ref", log_pi(models[0], x + y[:t])[a])):
+            for name, value in (("log-π", log_pi(policy, x + y[:t], heat)[a]), ("V", values[0, -1]),
+                                ("log-ref", log_pi(models[0], x + y[:t], heat)[a])):
                 assert c[name][t] == pytest.approx(value.item(), abs=0.001), (t, name)
         assert ("untrained" in text) == (not c["KL"].any()) == (not c["V"].any()) == bool(flags)
 

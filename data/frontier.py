@@ -26,7 +26,7 @@ import torch  # noqa: E402  (the line above makes this work as a script)
 import rlhf  # noqa: E402
 from data import dataset  # noqa: E402
 
-SEEDS, KL_COEFS = (0, 1, 2), (0.0, 0.02, 0.05, 0.2)
+SEEDS, KL_COEFS = (0, 1, 2), (0.0, 0.05, 0.2)
 SAMPLES, PROMPTS = 128, 64  # for best-of-n: the largest n, and held-out prompts
 COLOURS = {"reward": "#c2571a", "true_reward": "#2563a8"}
 
