@@ -392,7 +392,7 @@ def load_gpt2(cls, name_or_path):
     try:
         gpt = cls(config)
     except RuntimeError:
-        raise ValueError(f"{name_or_path}: no memory for a GPT of the sizes in config.json") from None
+        raise ValueError(f"{name_or_path}: no memory for the sizes in config.json") from None
     own = gpt.state_dict()
     wrong = ([f"missing {k}" for k in own if k not in state]
              + [f"unexpected {k}" for k in state if k not in own]

@@ -2376,8 +2376,8 @@ def faults(text, folder=REPO):
 
     for target in re.findall(r"\]\(([^)#]*)[^)]*\)", text):
         need((folder / target).exists(), f"no file {target}")
-    for label, target in re.findall(r"\[([^][]*)\]\(([^)]*#L[^)]*)\)", text):
-        need(LINE_LINK.match(f"[{label}]({target})"), f"{target} is not linked by a `name`")
+    for words, target in re.findall(r"\[([^][]*)\]\(([^)]*#L[^)]*)\)", text):
+        need(LINE_LINK.match(f"[{words}]({target})"), f"{target} is not linked by a `name`")
     for name, path, line in LINE_LINK.findall(text):
         at = definitions(folder / path).get(name) if (folder / path).exists() else None
         need(at == int(line), f"{path}#L{line} is not {name}, which is at {at}; {REFRESH}")
@@ -2744,7 +2744,8 @@ def test_a_changed_kl_coefficient_asks_before_it_trains_ppo_anew(first_run, tmp_
     out, _ = copied(first_run, tmp_path)
     flags = [*FLAGS, "--data", str(first_run.data), "--out_dir", str(out)]
     line = refused(capsys, *flags, "--kl_coef", "0.7")
-    assert f"policy.pt was made with kl_coef {first_run.config.kl_coef}, now 0.7" in line and "--fresh ppo" in line
+    was = first_run.config.kl_coef
+    assert f"policy.pt was made with kl_coef {was}, now 0.7" in line and "--fresh ppo" in line
     assert same(weights(out), weights(first_run.out))
     rlhf.main(flags + ["--kl_coef", "0.7", "--fresh", "ppo"])
     text = capsys.readouterr().out

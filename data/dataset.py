@@ -230,34 +230,50 @@ def load(data_dir, block_size, max_new_tokens, encoding=None):
     else:
         source = "preferences.jsonl"
         notes.append("no corpus.txt: the language model learns from prompt + chosen")
-    for text, out in documents:
-        tokens = encode(text, block_size - 2) if text.strip() else []
-        if not tokens:
-            reason = "blank line" if tokens == [] else "document longer than the context"
-            skipped[f"{source}: {reason}"] += 1
-        else:
-            row = [eos, *tokens, eos]
-            (held if out or text in held_texts else train).documents.append(row)
+    documents = [(text, out or text in held_texts) for text, out in documents]
+    keep_documents(documents, source, encode, block_size, eos, train, held, skipped)
 
     source = "preferences.jsonl"
     if files["prompts.txt"].is_file():
         source = "prompts.txt"
         lines = [line for _, line in read_lines(files[source])]
         prompts = dict.fromkeys(line for line in lines if line.strip())
+    # One token of room stays for the end token that a cut response is judged with.
+    room = block_size - max_new_tokens - 2
+    keep_prompts(prompts, source, encode, room, eos, train, held, skipped)
+
+    share_what_is_too_little(train, held, notes, data_dir)
+    shipped = data_dir.resolve() == SHIPPED
+    return Dataset(encoding, eos, train, held, skipped, notes, fingerprint(files), shipped)
+
+
+def keep_prompts(prompts, source, encode, room, eos, train, held, skipped):
+    """Put each prompt as [eos, …] on its side, or count it where it is longer than `room`."""
     for prompt in prompts:
-        # One token of room stays for the end token that a cut response is judged with.
-        tokens = encode(prompt, block_size - max_new_tokens - 2)
+        tokens = encode(prompt, room)
         if tokens is None:
             skipped[f"{source}: prompt leaves no room for a response"] += 1
         else:
             (held if held_out(prompt) else train).prompts.append([eos, *tokens])
 
-    share_what_is_too_little(train, held, notes, data_dir)
+
+def fingerprint(files):
+    """sha256 of the files' contents: another byte is other data."""
     digest = hashlib.sha256()
     for path in files.values():
         digest.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"absent")
-    shipped = data_dir.resolve() == SHIPPED
-    return Dataset(encoding, eos, train, held, skipped, notes, digest.hexdigest(), shipped)
+    return digest.hexdigest()
+
+
+def keep_documents(documents, source, encode, block_size, eos, train, held, skipped):
+    """Put each (text, held out?) as [eos, …, eos] on its side, or count why it is unusable."""
+    for text, out in documents:
+        tokens = encode(text, block_size - 2) if text.strip() else []
+        if tokens:
+            (held if out else train).documents.append([eos, *tokens, eos])
+        else:
+            reason = "blank line" if tokens == [] else "document longer than the context"
+            skipped[f"{source}: {reason}"] += 1
 
 
 def encode_pair(pair, encode, block_size, eos):
