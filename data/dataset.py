@@ -194,12 +194,10 @@ def load(data_dir, block_size, max_new_tokens, encoding=None):
     data_dir = Path(data_dir)
     files = find_files(data_dir)
     encoding = encoding or read_tokenizer(files["tokenizer.tiktoken"])
-    eos = encoding.eot_token
-    skipped, notes = Counter(), []
+    eos, skipped, notes = encoding.eot_token, Counter(), []
     if encoding.name == "gpt2" and (data_dir / "tokenizer.tiktoken").is_file():
         notes.append("tokenizer.tiktoken is not used: the weights need GPT-2's tokenizer")
-    train, held = Split(), Split()
-    longest = max(len(token) for token in encoding.token_byte_values())
+    train, held, longest = Split(), Split(), max(map(len, encoding.token_byte_values()))
 
     def encode(text, room):
         """Tokens of plain text, or None if they are more than `room`."""
@@ -243,8 +241,8 @@ def load(data_dir, block_size, max_new_tokens, encoding=None):
     keep_prompts(prompts, source, encode, room, eos, train, held, skipped)
 
     share_what_is_too_little(train, held, notes, data_dir)
-    shipped = data_dir.resolve() == SHIPPED
-    return Dataset(encoding, eos, train, held, skipped, notes, fingerprint(files), shipped)
+    return Dataset(encoding, eos, train, held, skipped, notes, fingerprint(files),
+                   data_dir.resolve() == SHIPPED)
 
 
 def keep_prompts(prompts, source, encode, room, eos, train, held, skipped):
