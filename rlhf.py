@@ -710,7 +710,7 @@ def ppo_loss(policy, batch, config, watch_entropy=True):
     watched = {"policy_loss": policy_part, "value_loss": value_part,
                "approx_kl": masked_mean(log_ratio.expm1() - log_ratio, batch.mask),  # k3
                "clip_fraction": masked_mean(clipped.float(), batch.mask)}
-    if config.entropy_coef or watch_entropy:  # it costs as much as the rest: not for nothing
+    if config.entropy_coef or watch_entropy:  # two more passes over all logits: not for nothing
         bonus = entropy(logits if config.entropy_coef else logits.detach(), batch.mask[batch.mask])
         loss, watched["entropy"] = loss - config.entropy_coef * bonus, bonus
     return loss, {name: float(value.detach()) for name, value in watched.items()}
@@ -728,6 +728,7 @@ def ppo_update(policy, optimizer, experience, config, generator=None, where="ppo
     for epoch in range(config.ppo_epochs):
         for rows in torch.randperm(len(whitened), generator=generator).split(config.minibatch_size):
             rows = rows.to(whitened.device)
+            optimizer.zero_grad(set_to_none=True)  # a caller's old gradient is no part of the sum
             loss, watched, tokens = 0.0, {}, experience.mask[rows].sum()
             for part in rows.split(config.micro_batch_size):
                 batch = experience.take(part)
