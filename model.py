@@ -30,19 +30,19 @@ class GPTConfig:
 
 
 def pack(x, valid):
-    """(B, S, …) -> (N, …): the entries `valid` (N,) of the flattened rows; None keeps all of x.
+    """(B, S, …) -> (N, …): the rows one after another, of which the entries `valid` (N,) are kept.
 
     Every layer but attention treats each token alone: packed, none of them works on padding.
     """
-    return x if valid is None else x.flatten(0, 1).index_select(0, valid)
+    x = x.flatten(0, 1)
+    return x if valid is None else x.index_select(0, valid)
 
 
 def unpack(x, valid, shape):
     """(N, …) -> (B, S, …), the inverse of `pack`, with 0 in padded places."""
-    if valid is None:
-        return x
-    B, S = shape
-    return x.new_zeros(B * S, *x.shape[1:]).index_copy(0, valid, x).unflatten(0, (B, S))
+    if valid is not None:
+        x = x.new_zeros(math.prod(shape), *x.shape[1:]).index_copy(0, valid, x)
+    return x.unflatten(0, shape)
 
 
 def causal_attention(q, k, v):
@@ -69,20 +69,20 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, shape, valid=None, cache=None, positions=None, seen=None):
-        (B, S), C = shape, x.shape[-1]
+        (B, S), C = shape, x.shape[-1]                                     # x (N, C), packed
         qkv = unpack(self.c_attn(x), valid, shape)                         # (B, S, 3C)
         q, k, v = qkv.view(B, S, 3, self.n_head, C // self.n_head).unbind(2)
         q = q.transpose(1, 2)                                              # (B, nh, S, hs)
         if cache is None:
             y = causal_attention(q, k.transpose(1, 2), v.transpose(1, 2))  # (B, nh, S, hs)
         else:
-            keys, values = cache                                           # 2 × (B, nh, K, hs)
             rows = torch.arange(B, device=x.device)[:, None]               # (B, 1)
-            keys[rows, :, positions] = k.to(keys.dtype)  # each row writes at its own positions,
-            values[rows, :, positions] = v.to(values.dtype)
-            # … and sees no key after them: what an earlier, padded write left there is garbage.
-            y = F.scaled_dot_product_attention(
-                q, keys.to(q.dtype), values.to(q.dtype), attn_mask=seen)   # (B, nh, S, hs)
+            # Each row writes at its own positions, and sees no key after them: what an earlier,
+            # padded write left there is garbage.
+            cache[rows, positions] = qkv[:, :, C:].to(cache.dtype)
+            keys, values = cache.unflatten(2, (2, self.n_head, -1)).to(q.dtype).unbind(2)
+            y = F.scaled_dot_product_attention(                            # (B, nh, S, hs)
+                q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=seen)
         return self.c_proj(pack(y.transpose(1, 2).reshape(B, S, C), valid))
 
 
@@ -108,8 +108,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, *context):
-        x = x + self.attn(self.ln_1(x), *context)
+    def forward(self, x, read, *context):
+        x = x + self.attn(self.ln_1(x), *context)                          # (N, C)
+        if read is not None:  # the states that no later layer reads end here
+            x = x.index_select(0, read)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -135,45 +137,51 @@ class GPT(nn.Module):
                 depth = math.sqrt(2 * config.n_layer) if "c_proj" in name else 1
                 nn.init.normal_(p, std=std / depth, generator=generator)
 
-    def hidden(self, tokens, cache=None, positions=None, lengths=None):
-        """Final hidden states (B, S, C) of tokens (B, S).
+    def hidden(self, tokens, cache=None, positions=None, steps=None):
+        """Final hidden states (B, S, C) of tokens (B, S), or (N, C) where `steps` (B, S) is True.
 
         Without a cache, row b's token s stands at position s, and rows are right-padded; with
-        `lengths` (B,), nothing is computed for the padding behind them, and its states are 0. With
-        a cache (see `new_cache`), token s of row b stands at positions[b, s], its key and value
-        are written there, and it attends to the cached keys at positions <= its own.
+        `steps`, nothing is computed that those states do not depend on: no padding, and the last
+        MLP at `steps` alone. With a cache (see `new_cache`), token s of row b stands at
+        positions[b, s], its key and value are written there, and it attends to the cached keys at
+        positions <= its own.
         """
-        shape, valid = tokens.shape, None
-        if shape[1] > self.config.block_size:
-            raise ValueError(
-                f"{shape[1]} tokens do not fit the context of {self.config.block_size}")
-        where = torch.arange(shape[1], device=tokens.device).expand(shape)
-        if lengths is not None and int(lengths.min()) < shape[1]:
-            valid = (where < lengths[:, None]).flatten().nonzero().squeeze(1)     # (N,)
-        seen = cache and (torch.arange(cache[0][0].shape[2], device=tokens.device)
+        (B, S), valid, read = tokens.shape, None, None
+        if S > self.config.block_size:
+            raise ValueError(f"{S} tokens do not fit the context of {self.config.block_size}")
+        at = torch.arange(S, device=tokens.device)
+        if steps is not None:
+            lengths = (steps * (at + 1)).amax(1)                           # (B,) read up to there
+            S = int(lengths.max())
+            tokens, steps, at = tokens[:, :S], steps[:, :S], at[:S]
+            valid = pack(at < lengths[:, None], None).nonzero().squeeze(1)
+            read = pack(steps, valid).nonzero().squeeze(1)                 # of the packed ones
+            valid = None if len(valid) == B * S else valid
+        seen = cache and (torch.arange(cache[0].shape[1], device=tokens.device)
                           <= positions[:, None, :, None])                  # (B, 1, S, K)
-        where = where if positions is None else positions
-        x = self.wte(pack(tokens, valid)) + self.wpe(pack(where, valid))   # (B, S, C) or (N, C)
+        positions = at.expand(B, S) if positions is None else positions
+        x = self.wte(pack(tokens, valid)) + self.wpe(pack(positions, valid))  # (N, C)
         for i, block in enumerate(self.h):
-            x = block(x, shape, valid, cache and cache[i], positions, seen)
-        return unpack(self.ln_f(x), valid, shape)
+            last = i == len(self.h) - 1
+            x = block(x, read if last else None, (B, S), valid, cache and cache[i], positions,
+                      seen)
+        x = self.ln_f(x)
+        return x.unflatten(0, (B, S)) if steps is None else x
 
     def logits(self, hidden):
         """(…, C) -> (…, V), with the output embedding tied to the input embedding."""
         return F.linear(hidden, self.wte.weight)
 
-    def forward(self, tokens, steps=None, lengths=None):
+    def forward(self, tokens, steps=None):
         """Logits (B, S, V) of right-padded tokens (B, S): logits[b, s] predict token s + 1.
 
-        With `steps` (B, S) of bool, only where it is True: (N, V). `lengths`: see `hidden`.
+        With `steps` (B, S) of bool, only where it is True: (N, V), row by row.
         """
-        return self.logits(pick(self.hidden(tokens, lengths=lengths), steps))
+        return self.logits(self.hidden(tokens, steps=steps))
 
     def new_cache(self, batch, length):
-        """Room for `length` keys and values of `batch` rows: a list of (keys, values) a layer."""
-        c, w = self.config, self.wte.weight
-        shape = (batch, c.n_head, length, c.n_embd // c.n_head)            # (B, nh, K, hs)
-        return [(w.new_zeros(shape), w.new_zeros(shape)) for _ in self.h]
+        """Room for `length` keys and values of `batch` rows: a (B, K, 2C) a layer."""
+        return [self.wte.weight.new_zeros(batch, length, 2 * self.config.n_embd) for _ in self.h]
 
     @classmethod
     def from_pretrained(cls, name_or_path):
@@ -187,11 +195,6 @@ class GPT(nn.Module):
     def save_pretrained(self, directory):
         """Write the two files that GPT2LMHeadModel.from_pretrained reads."""
         save_gpt2(self, directory)
-
-
-def pick(x, steps):
-    """x (B, S, C) where `steps` (B, S) is True -> (N, C), row by row; all of x if it is None."""
-    return x if steps is None else pack(x, steps.flatten().nonzero().squeeze(1))
 
 
 class ActorCritic(nn.Module):
@@ -209,13 +212,13 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, tokens, steps=None, lengths=None):
+    def forward(self, tokens, steps=None):
         """Logits (B, S, V) and values (B, S) of tokens (B, S); (N, V), (N,) where `steps` is True.
 
         Both are read from the same hidden state: at position P-1+t, the last token of s_t, they
-        are log π(·|s_t) before its softmax, and V(s_t). `lengths`: see GPT.hidden.
+        are log π(·|s_t) before its softmax, and V(s_t).
         """
-        x = pick(self.gpt.hidden(tokens, lengths=lengths), steps)          # (B, S, C) or (N, C)
+        x = self.gpt.hidden(tokens, steps=steps)                           # (B, S, C) or (N, C)
         return self.gpt.logits(x), self.value_head(x).squeeze(-1)
 
 
@@ -235,9 +238,8 @@ class RewardModel(nn.Module):
 
     def forward(self, tokens, lengths):
         """Scores (B,) of right-padded tokens (B, S) whose rows have `lengths` (B,) tokens."""
-        x = self.gpt.hidden(tokens, lengths=lengths)                       # (B, S, C)
-        last = x[torch.arange(len(x), device=x.device), lengths - 1]       # (B, C)
-        return self.reward_head(last).squeeze(-1)
+        last = torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1
+        return self.reward_head(self.gpt.hidden(tokens, steps=last)).squeeze(-1)
 
     @torch.no_grad()
     def normalize(self, scores):

@@ -62,7 +62,7 @@ class Config:
     n_head: int = 4                    # attention heads
     n_embd: int = 128                  # width
     lm_epochs: int = 2                 # passes over the corpus
-    lm_batch_size: int = 8             # documents a step
+    lm_batch_size: int = 16            # documents a step
     lm_lr: float = 4e-3                # peak learning rate
     # -- reward model
     rm_epochs: int = 1                 # passes over the pairs
@@ -230,7 +230,7 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
     with autocast(gpt):
         cache = gpt.new_cache(B, P + max_new_tokens)
         positions = torch.arange(P, device=device).expand(B, P)
-        x = gpt.hidden(tokens[:, :P], [(k[:, :, :P], v[:, :, :P]) for k, v in cache], positions)
+        x = gpt.hidden(tokens[:, :P], [c[:, :P] for c in cache], positions)
         x = x[rows, prompt_lengths - 1]                                    # (B, C) the last of s_0
         for t in range(max_new_tokens):
             log_p = F.log_softmax(gpt.logits(x).to(wide) / temperature, -1)  # (B', V)
@@ -243,10 +243,10 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
             if left == 0 or t + 1 == max_new_tokens:
                 break
             if left <= 0.8 * len(rows):  # moving the cache costs time: not for every row that ends
-                cache = [(k[alive], v[alive]) for k, v in cache]
+                cache = [c[alive] for c in cache]
                 rows, action, alive = rows[alive], action[alive], alive[alive]
             positions = (prompt_lengths[rows] + t)[:, None]                # (B', 1)
-            seen = [(k[:, :, :P + t + 1], v[:, :, :P + t + 1]) for k, v in cache]
+            seen = [c[:, :P + t + 1] for c in cache]
             x = gpt.hidden(action[:, None], seen, positions)[:, 0]         # (B', C)
 
     T = int(mask.sum(1).max())
@@ -644,8 +644,8 @@ def forward_responses(model, batch, temperature):
     at = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)   # (P+T,)
     first = batch.prompt_lengths[:, None] - 1                              # (B, 1): of t = 0
     end = first + batch.mask.sum(1, keepdim=True)                          # (B, 1)
-    with autocast(model):  # the last action is read nowhere: the rows are `end` tokens long
-        out = model(batch.tokens, (first <= at) & (at < end), end.squeeze(1))
+    with autocast(model):
+        out = model(batch.tokens, (first <= at) & (at < end))
     logits, values = out if isinstance(out, tuple) else (out, None)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
 
