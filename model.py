@@ -172,12 +172,12 @@ class GPT(nn.Module):
         """(…, C) -> (…, V), with the output embedding tied to the input embedding."""
         return F.linear(hidden, self.wte.weight)
 
-    def forward(self, tokens, steps=None):
+    def forward(self, tokens, steps=None, temperature=1.0):
         """Logits (B, S, V) of right-padded tokens (B, S): logits[b, s] predict token s + 1.
 
         With `steps` (B, S) of bool, only where it is True: (N, V), row by row.
         """
-        return self.logits(self.hidden(tokens, steps=steps))
+        return self.logits(self.hidden(tokens, steps=steps) / temperature)
 
     def new_cache(self, batch, length):
         """Room for `length` keys and values of `batch` rows: a (B, K, 2C) a layer."""
@@ -212,14 +212,14 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, tokens, steps=None):
+    def forward(self, tokens, steps=None, temperature=1.0):
         """Logits (B, S, V) and values (B, S) of tokens (B, S); (N, V), (N,) where `steps` is True.
 
         Both are read from the same hidden state: at position P-1+t, the last token of s_t, they
         are log π(·|s_t) before its softmax, and V(s_t).
         """
         x = self.gpt.hidden(tokens, steps=steps)                           # (B, S, C) or (N, C)
-        return self.gpt.logits(x), self.value_head(x).squeeze(-1)
+        return self.gpt.logits(x / temperature), self.value_head(x).squeeze(-1)
 
 
 class RewardModel(nn.Module):

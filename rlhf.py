@@ -233,7 +233,7 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
         x = gpt.hidden(tokens[:, :P], [c[:, :P] for c in cache], positions)
         x = x[rows, prompt_lengths - 1]                                    # (B, C) the last of s_0
         for t in range(max_new_tokens):
-            log_p = F.log_softmax(gpt.logits(x).to(wide) / temperature, -1)  # (B', V)
+            log_p = F.log_softmax(gpt.logits(x / temperature).to(wide), -1)  # (B', V)
             action = sample_tokens(log_p, uniforms[t, rows])               # (B',)
             log_probs[rows, t] = log_p.gather(1, action[:, None]).squeeze(1)
             tokens[rows, prompt_lengths[rows] + t] = action
@@ -645,9 +645,9 @@ def forward_responses(model, batch, temperature):
     first = batch.prompt_lengths[:, None] - 1                              # (B, 1): of t = 0
     end = first + batch.mask.sum(1, keepdim=True)                          # (B, 1)
     with autocast(model):
-        out = model(batch.tokens, (first <= at) & (at < end))
+        out = model(batch.tokens, (first <= at) & (at < end), temperature)
     logits, values = out if isinstance(out, tuple) else (out, None)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def as_steps(x):  # (N,) -> (B, T)
         return logits.new_zeros(batch.mask.shape).masked_scatter(batch.mask, x.to(logits))
