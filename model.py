@@ -1,7 +1,8 @@
 """A tiny GPT with GPT-2's architecture, its KV cache, value and reward heads, files of weights.
 
 Everything in this file is a network or a file of weights; how they are trained is in `rlhf.py`.
-Shapes: B rows, S tokens of a row, K keys, C = n_embd, nh heads of size hs = C / nh, V = vocab_size.
+Shapes: B rows, S tokens of a row, N tokens packed from (B, S), K keys, C = n_embd, nh heads of
+size hs = C / nh, V = vocab_size.
 """
 import contextlib
 import copy
@@ -26,11 +27,11 @@ class GPTConfig:
     n_layer: int = 4        # transformer blocks
     n_head: int = 4         # attention heads; they split n_embd evenly
     n_embd: int = 128       # C, width of the residual stream
-    eos_token: int = 1023   # begins every sequence and ends every response
+    eos_token: int = 1023   # begins every sequence and ends every response; outside V: none ends
 
 
 def pack(x, valid):
-    """(B, S, …) -> (N, …): the rows one after another, of which the entries `valid` (N,) are kept.
+    """(B, S, …) -> (N, …): row after row, of which the places `valid` (N,) are kept; None: all.
 
     Every layer but attention treats each token alone: packed, none of them works on padding.
     """
@@ -60,7 +61,11 @@ def causal_attention(q, k, v):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, softmax(q kᵀ / √hs) v, over the keys at positions <= the query's."""
+    """Causal self-attention, softmax(q kᵀ / √hs) v, over the keys at positions <= the query's.
+
+    x (N, C) holds the places `valid` (N,) of the shape (B, S). With a cache (B, K, 2C), `seen`
+    (B, 1, S, K) says which of its keys a query sees; see GPT.hidden.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -68,7 +73,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, shape, valid=None, cache=None, positions=None, seen=None):
+    def forward(self, x, shape, valid, cache, positions, seen):
         (B, S), C = shape, x.shape[-1]                                     # x (N, C), packed
         qkv = unpack(self.c_attn(x), valid, shape)                         # (B, S, 3C)
         q, k, v = qkv.view(B, S, 3, self.n_head, C // self.n_head).unbind(2)
@@ -108,8 +113,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, read, *context):
-        x = x + self.attn(self.ln_1(x), *context)                          # (N, C)
+    def forward(self, x, read, shape, valid, cache, positions, seen):
+        x = x + self.attn(self.ln_1(x), shape, valid, cache, positions, seen)  # (N, C)
         if read is not None:  # the states that no later layer reads end here
             x = x.index_select(0, read)
         return x + self.mlp(self.ln_2(x))
@@ -141,10 +146,9 @@ class GPT(nn.Module):
         """Final hidden states (B, S, C) of tokens (B, S), or (N, C) where `steps` (B, S) is True.
 
         Without a cache, row b's token s stands at position s, and rows are right-padded; with
-        `steps`, nothing is computed that those states do not depend on: no padding, and the last
-        MLP at `steps` alone. With a cache (see `new_cache`), token s of row b stands at
-        positions[b, s], its key and value are written there, and it attends to the cached keys at
-        positions <= its own.
+        `steps`, what lies behind a row's last True is skipped, and the last MLP works at `steps`
+        alone. With a cache (see `new_cache`), token s of row b stands at positions[b, s], its key
+        and value are written there, and it attends to the cached keys at positions <= its own.
         """
         (B, S), valid, read = tokens.shape, None, None
         if S > self.config.block_size:
@@ -154,30 +158,32 @@ class GPT(nn.Module):
             lengths = (steps * (at + 1)).amax(1)                           # (B,) read up to there
             S = int(lengths.max())
             tokens, steps, at = tokens[:, :S], steps[:, :S], at[:S]
-            valid = pack(at < lengths[:, None], None).nonzero().squeeze(1)
+            valid = (at < lengths[:, None]).flatten().nonzero().squeeze(1)
             read = pack(steps, valid).nonzero().squeeze(1)                 # of the packed ones
             valid = None if len(valid) == B * S else valid
+        positions = at.expand(B, S) if positions is None else positions[:, :S]
         seen = cache and (torch.arange(cache[0].shape[1], device=tokens.device)
                           <= positions[:, None, :, None])                  # (B, 1, S, K)
-        positions = at.expand(B, S) if positions is None else positions
         x = self.wte(pack(tokens, valid)) + self.wpe(pack(positions, valid))  # (N, C)
         for i, block in enumerate(self.h):
-            last = i == len(self.h) - 1
-            x = block(x, read if last else None, (B, S), valid, cache and cache[i], positions,
-                      seen)
+            x = block(x, read if i == len(self.h) - 1 else None, (B, S), valid,
+                      cache and cache[i], positions, seen)
         x = self.ln_f(x)
         return x.unflatten(0, (B, S)) if steps is None else x
 
-    def logits(self, hidden):
-        """(…, C) -> (…, V), with the output embedding tied to the input embedding."""
-        return F.linear(hidden, self.wte.weight)
+    def logits(self, hidden, temperature=1.0):
+        """(…, C) -> (…, V), with the output embedding tied to the input embedding.
+
+        There is no bias: a temperature that divides the C states divides the V logits, for less.
+        """
+        return F.linear(hidden / temperature, self.wte.weight)
 
     def forward(self, tokens, steps=None, temperature=1.0):
         """Logits (B, S, V) of right-padded tokens (B, S): logits[b, s] predict token s + 1.
 
         With `steps` (B, S) of bool, only where it is True: (N, V), row by row.
         """
-        return self.logits(self.hidden(tokens, steps=steps) / temperature)
+        return self.logits(self.hidden(tokens, steps=steps), temperature)
 
     def new_cache(self, batch, length):
         """Room for `length` keys and values of `batch` rows: a (B, K, 2C) a layer."""
@@ -202,12 +208,12 @@ class ActorCritic(nn.Module):
 
     A copy, so that `gpt` can stay as the frozen reference. The value head starts at zero: before
     training V(s) = 0 for every state, and the first advantages are not noise of the initialisation
-    (Stiennon et al. 2009.01325, appendix; Huang et al. 2024, "The N+ implementation details").
+    (Ziegler et al.'s code; Huang et al. 2023, "The N Implementation Details of RLHF with PPO").
     """
 
     def __init__(self, gpt):
         super().__init__()
-        self.gpt = copy.deepcopy(gpt)
+        self.gpt = copy.deepcopy(gpt).requires_grad_()  # gpt itself may be frozen
         self.value_head = nn.Linear(gpt.config.n_embd, 1).to(gpt.wte.weight)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -216,21 +222,21 @@ class ActorCritic(nn.Module):
         """Logits (B, S, V) and values (B, S) of tokens (B, S); (N, V), (N,) where `steps` is True.
 
         Both are read from the same hidden state: at position P-1+t, the last token of s_t, they
-        are log π(·|s_t) before its softmax, and V(s_t).
+        are the logits of π(·|s_t), and V(s_t).
         """
         x = self.gpt.hidden(tokens, steps=steps)                           # (B, S, C) or (N, C)
-        return self.gpt.logits(x / temperature), self.value_head(x).squeeze(-1)
+        return self.gpt.logits(x, temperature), self.value_head(x).squeeze(-1)
 
 
 class RewardModel(nn.Module):
     """r(x, y): a copy of the trunk with a scalar head, read at the last token of each row.
 
-    The head starts as N(0, 1/√(C+1)) (Ziegler et al. 1909.08593, Stiennon et al. 2009.01325).
+    The head's weights start as normal with std 1/√(C+1) (Stiennon et al. 2009.01325, appendix).
     """
 
     def __init__(self, gpt, generator=None):
         super().__init__()
-        self.gpt = copy.deepcopy(gpt)
+        self.gpt = copy.deepcopy(gpt).requires_grad_()  # gpt itself may be frozen
         self.reward_head = nn.Linear(gpt.config.n_embd, 1).to(gpt.wte.weight)
         std = 1 / math.sqrt(gpt.config.n_embd + 1)
         nn.init.normal_(self.reward_head.weight, std=std, generator=generator)
@@ -239,14 +245,15 @@ class RewardModel(nn.Module):
     def forward(self, tokens, lengths):
         """Scores (B,) of right-padded tokens (B, S) whose rows have `lengths` (B,) tokens."""
         last = torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1
-        return self.reward_head(self.gpt.hidden(tokens, steps=last)).squeeze(-1)
+        r = self.reward_head(self.gpt.hidden(tokens, steps=last)).squeeze(-1)
+        return r.to(self.reward_head.weight.dtype)
 
     @torch.no_grad()
     def normalize(self, scores):
         """Fold the mean and std of `scores` (N,), which this model gave, into its head.
 
         PPO's constants assume scores of mean 0 and std 1 under the reference policy
-        (Ziegler et al. 1909.08593, section 2.1).
+        (Ziegler et al. 1909.08593, section 2).
         """
         std = scores.std(correction=0).clamp_min(1e-6)
         self.reward_head.weight.div_(std)

@@ -1,7 +1,9 @@
 """Reinforcement learning from human feedback, from scratch, in the order of its derivation.
 
-    language model → reward model → trajectories → policy gradient → rewards-to-go, baseline,
-    advantage → GAE → importance sampling → PPO → KL penalty
+    language model (model.py) → reward model → trajectories → policy gradient → rewards-to-go,
+    baseline, advantage → GAE → importance sampling → PPO → KL penalty
+
+Each section holds the formulas; the loops that use them come after, in the same order.
 
 One index convention holds everywhere. A prompt has P tokens, a response T. With state
 s_t = prompt ⊕ y_0 … y_{t-1} and action a_t = y_t, everything with index t is read from the hidden
@@ -11,7 +13,8 @@ t, and nothing is shifted by one. Sequences are right-padded; mask[b, t] is 1 up
 the token that ends the response, 0 after it, and nothing behind a 0 can change any result.
 
 Papers: PPO 1707.06347; GAE 1506.02438; InstructGPT 2203.02155; Stiennon et al. 2009.01325;
-Ziegler et al. 1909.08593. Shapes: B rows, S tokens of a row, T steps, V the vocabulary.
+Ziegler et al. 1909.08593. Shapes: B rows, S tokens of a row, T steps, V tokens in the vocabulary
+(V(s) is the value), N entries where a mask is True.
 """
 import _thread
 import argparse
@@ -86,53 +89,13 @@ class Config:
     value_clip: float = 0.2            # epsilon of the value's change
     value_coef: float = 0.1            # c1, weight of the value loss
     entropy_coef: float = 0.0          # c2, weight of the entropy bonus
-    early_stop_kl: float | None = 0.1  # a minibatch this far from the old policy ends the update
+    early_stop_kl: float | None = 0.1  # nats a token from the old policy that end an update
     missing_eos_score: float | None = -3.0  # score of a cut response; none: reward_fn's own
     # -- evaluation
     eval_prompts: int = 512            # held-out prompts, at most
 
     def __post_init__(self):
         check(self)
-
-
-def check(config):
-    """Raise ValueError, in one line, for a setting that makes no sense."""
-    c = config
-
-    def need(ok, name, expected):
-        if not ok:
-            raise ValueError(f"{name} is {getattr(c, name)!r}, expected {expected}")
-
-    for field in dataclasses.fields(c):
-        value = getattr(c, field.name)
-        kinds = {float: (float, int), int: int, str: str, str | None: (str, type(None))}.get(
-            field.type, (float, int, type(None)))
-        need(isinstance(value, kinds) and not isinstance(value, bool), field.name,
-             getattr(field.type, "__name__", str(field.type)))
-        need(not isinstance(value, float) or abs(value) < 1e38, field.name,
-             "a finite number, of float32's range")
-        need(field.name == "seed" or not isinstance(value, int) or abs(value) < 2**31, field.name,
-             "less than 2**31")
-    for name in ("block_size n_layer n_head n_embd lm_batch_size rm_batch_size max_new_tokens "
-                 "ppo_batch_size ppo_epochs minibatch_size micro_batch_size eval_prompts").split():
-        need(getattr(c, name) >= 1, name, "at least 1")
-    for name in "lm_epochs rm_epochs ppo_iterations kl_coef value_coef entropy_coef".split():
-        need(getattr(c, name) >= 0, name, "at least 0")
-    for name in "lm_lr rm_lr ppo_lr".split():
-        need(getattr(c, name) >= 0, name, "at least 0")
-    for name in "temperature clip value_clip max_grad_norm".split():
-        need(getattr(c, name) > 0, name, "more than 0")
-    for name in "gamma lam".split():
-        need(0 <= getattr(c, name) <= 1, name, "0 to 1")
-    for name in "kl_target early_stop_kl".split():
-        need(getattr(c, name) is None or getattr(c, name) > 0, name, "more than 0, or none")
-    need(c.n_embd % c.n_head == 0, "n_embd", f"a multiple of n_head, {c.n_head}")
-    need(c.minibatch_size <= c.ppo_batch_size, "minibatch_size",
-         f"at most ppo_batch_size, {c.ppo_batch_size}")
-    # An end token before, at least one token of prompt, and an end token for a cut response.
-    # With `init`, `starting_point` asks for the same of the context that the weights have.
-    need(c.init or c.max_new_tokens + 3 <= c.block_size, "max_new_tokens",
-         f"at most block_size - 3, {c.block_size - 3}, to leave room for a prompt")
 
 
 def seeded(seed, stage, step):
@@ -149,13 +112,14 @@ def seeded(seed, stage, step):
 def reward_model_loss(chosen, rejected):
     """Bradley–Terry: −E log σ(r_w − r_l), the negative log-likelihood of the preferences.
 
+    Of two responses to a prompt x, y_w was preferred to y_l; r_w = r(x, y_w), r_l = r(x, y_l).
     P(y_w ≻ y_l | x) = e^{r_w} / (e^{r_w} + e^{r_l}) = σ(r_w − r_l). The loss is positive, and large
-    when the order is wrong. Rewards are in logits; a constant added to both changes nothing.
+    when the order is wrong. Differences of rewards are log-odds: only they count.
 
-    chosen, rejected: (B,) scores r(x, y_w), r(x, y_l)    returns: () mean over pairs
+    chosen, rejected: (B,) scores r_w, r_l    returns: () mean over pairs
     Source: InstructGPT 2203.02155, eq. 1; Stiennon et al. 2009.01325, section 3.4.
     """
-    return -F.logsigmoid(chosen - rejected).mean()  # log(sigmoid(·)) would overflow to -inf
+    return -F.logsigmoid(chosen - rejected).mean()  # sigmoid underflows to 0, its log is -inf
 
 
 # =================================================================================================
@@ -165,8 +129,8 @@ def reward_model_loss(chosen, rejected):
 
 @dataclass
 class Rollout:
-    """Trajectories τ ~ π_θ. The ids that were sampled are the ids that are trained on."""
-    tokens: torch.Tensor          # (B, P+T) prompt, response, padding
+    """Trajectories τ ~ π_θ. The sampled ids are trained on: text is never encoded again."""
+    tokens: torch.Tensor          # (B, longest P + T) prompt, response, padding
     prompt_lengths: torch.Tensor  # (B,) P of each row
     actions: torch.Tensor         # (B, T) a_t, 0 after the end
     mask: torch.Tensor            # (B, T) True up to and including the end
@@ -174,13 +138,12 @@ class Rollout:
 
     def take(self, rows):
         """The trajectories `rows`, trimmed to the longest of them."""
-        part = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        part = {k: v[rows] if torch.is_tensor(v) else v for k, v in part.items()}
+        part = {k: v[rows] for k, v in vars(self).items() if torch.is_tensor(v)}
         lengths = part["mask"].sum(1)
         T, used = int(lengths.max()), int((part["prompt_lengths"] + lengths).max())
-        part = {k: v[:, :T] if torch.is_tensor(v) and v.dim() == 2 else v
-                for k, v in part.items()} | {"tokens": part["tokens"][:, :used]}
-        return type(self)(**part)
+        part = {k: v[:, :used if k == "tokens" else T] if v.dim() == 2 else v
+                for k, v in part.items()}
+        return dataclasses.replace(self, **part)
 
 
 def sample_tokens(log_probs, uniforms):
@@ -203,29 +166,30 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
     leaves the batch. Row b's draws are its own, so that changes nothing for the others.
 
     policy: GPT or ActorCritic    prompts: list of B lists of token ids, each with P >= 1
-    generator: a seeded torch.Generator    returns: Rollout; T is the longest response's length
-    Raises ValueError for an empty prompt, or where prompt and response exceed the context.
+    max_new_tokens: T_max    temperature: divides the logits    generator: a seeded
+    torch.Generator; None: torch's own    returns: Rollout; T is the longest response's length
+    Raises ValueError for an empty prompt, a temperature <= 0, or where prompt and response
+    exceed the context. Needs `Rollout`, `pad`, `sample_tokens`, `autocast`.
     """
     gpt = getattr(policy, "gpt", policy)
-    device, B = gpt.wte.weight.device, len(prompts)
-    lengths = [len(prompt) for prompt in prompts]
-    if min(lengths) < 1:
+    device = gpt.wte.weight.device
+    if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt has no token; begin every prompt with the end token")
-    P = max(lengths)
+    tokens, given = pad(prompts, device)                                   # (B, longest P)
+    (B, P), prompt_lengths = tokens.shape, given.sum(1)
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, expected more than 0")
     if P + max_new_tokens > gpt.config.block_size:
         raise ValueError(f"prompt {P} + max_new_tokens {max_new_tokens} exceed the context of "
                          f"{gpt.config.block_size} tokens")
-    tokens = torch.zeros(B, P + max_new_tokens, dtype=torch.long)          # (B, P+T)
-    for row, prompt in zip(tokens, prompts):
-        row[:len(prompt)] = torch.as_tensor(prompt)
-    tokens, prompt_lengths = tokens.to(device), torch.tensor(lengths, device=device)
+    tokens = F.pad(tokens, (0, max_new_tokens))                            # (B, P+T)
     mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)  # (B, T)
     wide = torch.promote_types(gpt.wte.weight.dtype, torch.float32)
     log_probs = torch.zeros(B, max_new_tokens, device=device, dtype=wide)
     uniforms = torch.rand(max_new_tokens, B, generator=generator,
                           device=generator.device if generator else "cpu").to(device)
 
-    rows = torch.arange(B, device=device)  # which trajectory each row of the batch is
+    rows = torch.arange(B, device=device)  # (B',) which trajectory each row still sampled is
     alive = torch.ones(B, dtype=torch.bool, device=device)
     with autocast(gpt):
         cache = gpt.new_cache(B, P + max_new_tokens)
@@ -233,7 +197,7 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
         x = gpt.hidden(tokens[:, :P], [c[:, :P] for c in cache], positions)
         x = x[rows, prompt_lengths - 1]                                    # (B, C) the last of s_0
         for t in range(max_new_tokens):
-            log_p = F.log_softmax(gpt.logits(x / temperature).to(wide), -1)  # (B', V)
+            log_p = F.log_softmax(gpt.logits(x, temperature).to(wide), -1)  # (B', V)
             action = sample_tokens(log_p, uniforms[t, rows])               # (B',)
             log_probs[rows, t] = log_p.gather(1, action[:, None]).squeeze(1)
             tokens[rows, prompt_lengths[rows] + t] = action
@@ -250,7 +214,7 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
             x = gpt.hidden(action[:, None], seen, positions)[:, 0]         # (B', C)
 
     T = int(mask.sum(1).max())
-    at = (prompt_lengths[:, None] + torch.arange(T, device=device))        # (B, T)
+    at = prompt_lengths[:, None] + torch.arange(T, device=device)          # (B, T)
     mask, log_probs = mask[:, :T], log_probs[:, :T]
     actions = tokens.gather(1, at).where(mask, 0)
     tokens.scatter_(1, at, actions)
@@ -265,7 +229,7 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
 def gather_log_probs(logits, actions):
     """log π(a_t|s_t) = logits[a_t] − log Σ_a exp(logits[a]), in float32 or better.
 
-    logits: (B, T, V), actions: (B, T) of ids    returns: (B, T) in nats, each <= 0
+    logits: (B, T, V), actions: (B, T) of ids, in padding too    returns: (B, T) in nats, each <= 0
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.log_softmax(logits, dim=-1).gather(-1, actions[..., None]).squeeze(-1)
@@ -274,11 +238,12 @@ def gather_log_probs(logits, actions):
 def kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, kl_coef):
     """r_t = −β (log π(a_t|s_t) − log π_ref(a_t|s_t)) + [t is the last step] · score.
 
+    π_ref is the frozen language model that PPO starts from, β the price of a nat away from it.
     The score of the whole response is earned by its last action, also when it was cut at T_max;
     the KL penalty is earned where it arises. Σ_t r_t = score − β Σ_t (log π − log π_ref).
 
-    scores: (B,), log_probs, ref_log_probs, mask: (B, T)    returns: (B, T), 0 after the end
-    Source: InstructGPT 2203.02155, eq. 2; Ziegler et al. 1909.08593, eq. 2.
+    scores: (B,), log_probs, ref_log_probs, mask: (B, T), kl_coef: β    returns: (B, T), 0 after
+    the end. Source: InstructGPT 2203.02155, eq. 2 without γ; Ziegler et al. 1909.08593, eq. 2.
     """
     mask = mask.bool()
     rewards = -kl_coef * (log_probs - ref_log_probs).where(mask, 0)
@@ -293,16 +258,20 @@ def kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, kl_coef):
 
 
 def policy_gradient_loss(log_probs, weights, mask):
-    """A loss whose gradient is −∇J: −(1/N) Σ_i Σ_t log π(a_t|s_t) w_t, over N trajectories.
+    """A loss whose gradient estimates −∇J: −(1/N) Σ_i Σ_t log π(a_t|s_t) w_t, N trajectories.
 
-    ∇J(θ) = E_τ[Σ_t ∇log π_θ(a_t|s_t) w_t], where w_t may be the whole return R(τ) (REINFORCE),
-    the rewards-to-go, those minus a baseline b(s_t), or the advantage A(s_t, a_t): the same
-    expectation, each with less variance than the one before.
+    J(θ) = E_{τ~π_θ}[R(τ)] with R(τ) = Σ_t r_t. Since ∇p = p ∇log p and log p(τ) is Σ_t log π_θ
+    plus what does not depend on θ, ∇J = E_τ[Σ_t ∇log π_θ(a_t|s_t) w_t] with w_t = R(τ): REINFORCE.
+    And since E_a[∇log π(a|s)] = ∇Σ_a π(a|s) = 0, what a_t cannot change may leave w_t: rewards
+    before t (`rewards_to_go`), any baseline b(s_t), best the value V(s_t), which leaves the
+    advantage A(s_t, a_t) (`gae`). With γ = 1 the expectation stays and the variance falls. For the
+    same reason the log π inside of r_t needs no gradient.
 
     log_probs, weights, mask: (B, T)    returns: (); weights are constants, without gradient
     Source: the policy gradient theorem; REINFORCE, Williams 1992; GAE 1506.02438, eq. 1.
     """
-    terms = (log_probs * weights.detach()).where(mask.bool(), 0)
+    mask = mask.bool()
+    terms = log_probs.where(mask, 0) * weights.detach().where(mask, 0)
     return -terms.sum() / mask.shape[0]
 
 
@@ -312,11 +281,11 @@ def rewards_to_go(rewards, mask, gamma=1.0):
     rewards, mask: (B, T)    returns: (B, T), 0 after the end
     """
     rewards = rewards.where(mask.bool(), 0)
-    result, to_go = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    result, to_go = [], torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
-        to_go = rewards[:, t] + gamma * to_go
-        result[:, t] = to_go
-    return result
+        to_go = rewards[:, t] + gamma * to_go                              # (B,)
+        result.append(to_go)
+    return torch.stack(result[::-1], dim=1)
 
 
 # =================================================================================================
@@ -325,11 +294,15 @@ def rewards_to_go(rewards, mask, gamma=1.0):
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """δ_t = r_t + γ V(s_{t+1}) − V(s_t) and A_t = δ_t + γλ A_{t+1}, backwards from the end.
+    """A_t, an estimate of Q(s_t, a_t) − V(s_t): how much better a_t is than what π does there.
 
-    V after the last action is 0: nothing more is earned. λ = 1 gives rewards-to-go minus V
-    (no bias, most variance), λ = 0 the TD error δ_t (least variance, trusts V). Worked by hand,
-    γ = 1, λ = 1/2, r = (0, 0, 1), V = (0.2, 0.4, 0.8):
+    V(s_t) = E[Σ_{t' >= t} γ^{t'−t} r_{t'}], the value, is learnt by `value_loss`. The TD errors
+    δ_t = r_t + γ V(s_{t+1}) − V(s_t) telescope: Σ_{l<k} γ^l δ_{t+l} is what k steps earned, plus
+    γ^k V(s_{t+k}), minus V(s_t). Averaged over k with weights (1−λ) λ^{k−1} that is
+        A_t = Σ_l (γλ)^l δ_{t+l},    backwards from the end:    A_t = δ_t + γλ A_{t+1}
+    V after the last action is 0, also of a response that was cut: its score is paid there. λ = 1
+    gives rewards-to-go minus V (no bias, most variance), λ = 0 gives δ_t (trusts V the most).
+    By hand, γ = 1, λ = 1/2, r = (0, 0, 1), V = (0.2, 0.4, 0.8):
         δ = (0 + 0.4 − 0.2, 0 + 0.8 − 0.4, 1 − 0.8) = (0.2, 0.4, 0.2)
         A = (0.2 + 0.25, 0.4 + 0.1, 0.2) = (0.45, 0.5, 0.2)
 
@@ -338,26 +311,30 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """
     mask = mask.bool()
     rewards, values = rewards.where(mask, 0), values.where(mask, 0)
-    advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = torch.zeros_like(rewards[:, 0])          # (B,)
+    advantages, next_value, next_advantage = [], 0, 0
     for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]          # (B,)
         next_advantage = delta + gamma * lam * next_advantage
         next_value = values[:, t]
-        advantages[:, t] = next_advantage
-    return advantages
+        advantages.append(next_advantage)
+    return torch.stack(advantages[::-1], dim=1)
 
 
 def masked_mean(x, mask):
-    """Σ mask · x / Σ mask: the mean over valid entries. x, mask: (B, T)    returns: ()"""
+    """Σ mask · x / Σ mask: the mean over valid entries, 0 if there are none.
+
+    x, mask: (B, T)    returns: () in float32 or better
+    """
     mask = mask.bool()
-    return x.where(mask, 0).sum() / mask.sum().clamp_min(1)
+    total = x.where(mask, 0).sum(dtype=torch.promote_types(x.dtype, torch.float32))
+    return total / mask.sum().clamp_min(1)
 
 
 def whiten(x, mask):
-    """(x − mean) / std over valid entries, 0 elsewhere. x, mask: (B, T)    returns: (B, T)
+    """(x − mean) / √(variance + 1e-8) over valid entries, 0 elsewhere.
 
-    Advantages then have one scale whatever the reward's. Needs `masked_mean`.
+    Advantages then have one scale whatever the reward's: an implementation detail of PPO's
+    reference code (baselines). x, mask: (B, T)    returns: (B, T). Needs `masked_mean`.
     """
     centred = (x - masked_mean(x, mask)).where(mask.bool(), 0)
     return centred * torch.rsqrt(masked_mean(centred**2, mask) + 1e-8)
@@ -371,13 +348,15 @@ def whiten(x, mask):
 def ppo_policy_loss(log_probs, old_log_probs, advantages, mask, clip=0.2):
     """−E min(ρ_t A_t, clip(ρ_t, 1−ε, 1+ε) A_t) with ρ_t = π(a_t|s_t) / π_old(a_t|s_t).
 
-    The samples are π_old's, hence the ratio; it is exp(log π − log π_old), not a ratio of logs.
-    The minimum makes it a lower bound of the unclipped surrogate: no gain from moving ρ further
-    than ε in the good direction, full cost in the bad one. The ratio of one token is a first-order
-    surrogate: exact importance weights would be products of ratios along the trajectory.
+    Importance sampling: E_{a~π}[f(a)] = E_{a~π_old}[ρ f(a)], so samples of π_old serve a few steps
+    of π. At π = π_old ∇ρ = ∇log π: the policy gradient, as a mean over tokens. ρ_t, the paper's
+    r_t(θ), is exp(log π − log π_old), not a ratio of logs. The minimum makes it a lower bound of
+    E[ρ A]: no gain from moving ρ further than ε in the good direction, full cost in the bad one.
+    ρ_t corrects which action was taken, not how often s_t is reached: exact weights would be
+    products of ratios along the trajectory.
 
-    log_probs, old_log_probs, advantages, mask: (B, T)    returns: () mean over valid tokens
-    Source: PPO 1707.06347, eq. 7. Needs `masked_mean`.
+    log_probs, and without gradient old_log_probs, advantages, mask: (B, T)    clip: ε
+    returns: () mean over valid tokens    Source: PPO 1707.06347, eq. 7. Needs `masked_mean`.
     """
     mask = mask.bool()
     ratio = (log_probs - old_log_probs).where(mask, 0).exp()               # (B, T)
@@ -389,10 +368,10 @@ def ppo_policy_loss(log_probs, old_log_probs, advantages, mask, clip=0.2):
 def value_loss(values, old_values, returns, mask, clip=0.2):
     """½ E max((V − R)², (clip(V, V_old − ε, V_old + ε) − R)²), pessimistic like the policy's.
 
-    values, old_values, returns, mask: (B, T)    returns: () mean over valid tokens
-    R is the unwhitened advantage plus V_old. Source: PPO's reference code (baselines, ppo2), kept
-    by Stiennon et al. 2009.01325; PPO 1707.06347, eq. 9 has the unclipped square. Needs
-    `masked_mean`.
+    values, and without gradient old_values, returns, mask: (B, T)    clip: ε
+    returns: () mean over valid tokens
+    R is the unwhitened advantage plus V_old. Source: PPO's reference code (baselines, ppo2); PPO
+    1707.06347, eq. 9 has (V − R)², without ½ and clip. Needs `masked_mean`.
     """
     mask = mask.bool()
     values, old_values, returns = (x.where(mask, 0) for x in (values, old_values, returns))
@@ -403,7 +382,8 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
 def entropy(logits, mask):
     """E H[π(·|s_t)] = −E Σ_a π(a|s_t) log π(a|s_t), in nats.
 
-    logits: (B, T, V), mask: (B, T)    returns: () mean over valid steps; log V if uniform
+    logits: (…, V), mask: (…), with (B, T) for … or as here (N,)
+    returns: () mean over valid steps; the log of the vocabulary's size if uniform
     Source: PPO 1707.06347, eq. 9. Needs `masked_mean`.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -414,14 +394,18 @@ def entropy(logits, mask):
 # =================================================================================================
 # Reward hacking and the KL penalty
 # =================================================================================================
+#
+# r(x, y) is only a fit. Far from the texts that it was trained on there are some that score high
+# and are bad, and an optimiser finds them: reward hacking. Maximising E[r] − β KL(π‖π_ref) keeps π
+# near; the penalty is paid in `kl_penalized_rewards`.
 
 
 def kl_estimates(log_probs, ref_log_probs, mask):
     """Two estimates of KL(π‖π_ref) for each sequence, from samples of π, in nats.
 
     With Δ_t = log π_ref(a_t|s_t) − log π(a_t|s_t):  k1 = Σ −Δ_t,  k3 = Σ (exp(Δ_t) − 1 − Δ_t).
-    Both are unbiased; k3 is never negative and varies less near π = π_ref. (With Δ reversed,
-    k3 estimates something else, many times too high.)
+    Both are unbiased; k3 is never negative and varies less near π = π_ref. (With Δ reversed, the
+    sum estimates χ²(π‖π_ref) − KL: much the same near π_ref, far too high elsewhere.)
 
     log_probs, ref_log_probs, mask: (B, T)    returns: (k1 (B,), k3 (B,))
     Source: Schulman 2020, "Approximating KL divergence".
@@ -430,13 +414,14 @@ def kl_estimates(log_probs, ref_log_probs, mask):
     return -delta.sum(1), (delta.expm1() - delta).sum(1)
 
 
-def adapt_kl_coef(kl_coef, kl, kl_target, n):
+def adapt_kl_coef(kl_coef, kl, kl_target, K=0.1):
     """β ← β (1 + K e), e = clip(KL / target − 1, ±0.2): holds the KL near a target.
 
-    K is n / 10,000 for n trajectories a batch. Source: Ziegler et al. 1909.08593, section 2.2.
+    kl_coef: β    kl, kl_target: nats a response    all floats    returns: the next β
+    Source: Ziegler et al. 1909.08593, section 2.2 (their code has K = batch size / 10,000).
     """
     error = min(max(kl / kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + n / 10_000 * error)
+    return kl_coef * (1 + K * error)
 
 
 # =================================================================================================
@@ -447,7 +432,7 @@ def adapt_kl_coef(kl_coef, kl, kl_target, n):
 def autocast(module):
     """bf16 where it helps: big models on CUDA. Log-softmax and losses stay in float32."""
     weight = next(module.parameters())
-    big = sum(p.numel() for p in module.parameters()) > 50e6  # tiny ones wait for launches anyway
+    big = sum(p.numel() for p in module.parameters()) > 50e6  # small ones wait for launches
     return torch.autocast(weight.device.type, torch.bfloat16, weight.is_cuda and big)
 
 
@@ -483,7 +468,7 @@ def apply_gradient(loss, model, optimizer, max_grad_norm, where):
     finite = math.isfinite(norm) and math.isfinite(loss)
     if finite:
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)  # whoever stops early leaves no stale gradient behind
+    optimizer.zero_grad()  # whoever stops early leaves no stale gradient behind
     if not finite:
         raise FloatingPointError(f"{where}: loss {loss}, gradient norm {norm}")
     return norm
@@ -491,14 +476,14 @@ def apply_gradient(loss, model, optimizer, max_grad_norm, where):
 
 def optimizer_step(loss, model, optimizer, max_grad_norm, where):
     """Backward, from no gradient on, then `apply_gradient`."""
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     loss.backward()
     return apply_gradient(float(loss.detach()), model, optimizer, max_grad_norm, where)
 
 
 def set_learning_rate(optimizer, peak, step, steps, warmup=0):
-    """Linear from 0 to the peak in `warmup` steps, then linear to 0 at `steps`."""
-    lr = peak * min((step + 1) / (warmup + 1), (steps - step) / max(steps - warmup, 1), 1)
+    """Up to the peak in warmup + 1 equal steps, then linearly down, to reach 0 after `steps`."""
+    lr = peak * min((step + 1) / (warmup + 1), (steps - step) / max(steps - warmup, 1))
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -552,13 +537,14 @@ def score_pairs(reward_model, pairs):
     tokens, mask = pad(rows, reward_model.gpt.wte.weight.device)           # (2B, S)
     with autocast(reward_model):
         scores = reward_model(tokens, mask.sum(1))
-    return scores.to(reward_model.gpt.wte.weight.dtype).chunk(2)
+    return scores.chunk(2)
 
 
 def train_reward_model(reward_model, pairs, reference, prompts, config, state=None, on_step=None):
     """Stage 2: minimise −E log σ(r(x, y_w) − r(x, y_l)); then normalise the scores.
 
-    pairs: (prompt, chosen, rejected) lists of ids    reference: the language model, whose own
+    pairs: (prompt, chosen, rejected) lists of ids, both sides with their end token
+    reference: the language model, whose own
     samples of responses to `prompts` get mean 0 and std 1 (Ziegler et al. 1909.08593)
     on_step and state: as in train_language_model
     """
@@ -592,7 +578,7 @@ def train_reward_model(reward_model, pairs, reference, prompts, config, state=No
 
 @torch.no_grad()
 def reward_model_accuracy(reward_model, pairs, batch_size=64):
-    """Share of pairs whose chosen side scores higher."""
+    """Share of pairs whose chosen side scores higher; a tie counts half."""
     right = 0.0
     for i in range(0, len(pairs), batch_size):
         chosen, rejected = score_pairs(reward_model, pairs[i:i + batch_size])
@@ -601,23 +587,28 @@ def reward_model_accuracy(reward_model, pairs, batch_size=64):
 
 
 @torch.no_grad()
-def reward_scores(reward_model, rollout):
-    """r(x, y) (B,) of sampled responses. One that was cut is read at an end token put behind it:
-    the reward model has only ever been read at end tokens."""
-    weight, eos = reward_model.gpt.wte.weight, reward_model.gpt.config.eos_token
-    lengths = rollout.prompt_lengths + rollout.mask.sum(1)                 # (B,)
-    tokens = F.pad(rollout.tokens, (0, 1)).scatter(1, lengths[:, None], eos)  # (B, P+T+1)
+def reward_scores(reward_model, sampled):
+    """r(x, y) (B,) of the responses of a Rollout.
+
+    One that was cut is read at an end token put behind it, because the reward model has only ever
+    been read at end tokens; it has to fit the context.
+    """
+    eos = reward_model.gpt.config.eos_token
+    lengths = sampled.prompt_lengths + sampled.mask.sum(1)                 # (B,)
+    tokens = F.pad(sampled.tokens, (0, 1)).scatter(1, lengths[:, None], eos)  # (B, P+T+1)
     with autocast(reward_model):
-        return reward_model(tokens, lengths + ~ends(rollout, eos)).to(weight.dtype)
+        return reward_model(tokens, lengths + ~ends(sampled, eos))
 
 
-def ends(rollout, eos_token):
+def ends(sampled, eos_token):
     """(B,) whether the response ends by itself: its last valid action is the end token."""
-    return ((rollout.actions == eos_token) & rollout.mask.bool()).any(1)
+    return ((sampled.actions == eos_token) & sampled.mask.bool()).any(1)
 
 
 def batches_of_prompts(prompts, total, batch_size, generator):
     """`total` prompts in random order, in batches; each is used once before one is used twice."""
+    if not prompts:
+        raise ValueError("there is no prompt")
     order = torch.cat([torch.randperm(len(prompts), generator=generator)
                        for _ in range(math.ceil(total / len(prompts)))])[:total]
     return [[prompts[i] for i in batch] for batch in order.split(batch_size)]
@@ -625,7 +616,10 @@ def batches_of_prompts(prompts, total, batch_size, generator):
 
 @dataclass
 class Experience(Rollout):
-    """A batch of trajectories with all that PPO needs. log_probs are π_old's, by a full pass."""
+    """A batch of trajectories with all that PPO needs.
+
+    log_probs are π_old's, computed anew as the update does it: the ratio then starts at exactly 1.
+    """
     ref_log_probs: torch.Tensor  # (B, T) log π_ref(a_t|s_t)
     values: torch.Tensor         # (B, T) V_old(s_t)
     scores: torch.Tensor         # (B,) of the whole responses
@@ -677,12 +671,16 @@ def collect(policy, reference, reward_fn, prompts, config, generator=None):
 
     policy: ActorCritic    reference: GPT (or ActorCritic), frozen    prompts: B lists of ids
     reward_fn(Rollout) -> scores (B,): a reward model or any callable    returns: Experience
+    A response without an end token scores config.missing_eos_score instead (None: reward_fn's).
     """
     start, eos = time.perf_counter(), policy.gpt.config.eos_token
     sampled = rollout(policy, prompts, config.max_new_tokens, eos, config.temperature, generator)
     seconds = time.perf_counter() - start
-    scores = reward_fn(sampled).to(sampled.log_probs)                      # (B,)
-    if config.missing_eos_score is not None:  # Stiennon et al. 2009.01325: cut rows score low
+    scores = torch.as_tensor(reward_fn(sampled)).to(sampled.log_probs)     # (B,)
+    if scores.shape != (len(prompts),):
+        raise ValueError(f"reward_fn returned scores of shape {tuple(scores.shape)}, expected "
+                         f"({len(prompts)},): one a trajectory")
+    if config.missing_eos_score is not None:  # the EOS trick, Huang et al. 2403.17031
         scores = scores.where(ends(sampled, eos), config.missing_eos_score)
 
     mask = sampled.mask
@@ -706,11 +704,13 @@ def ppo_loss(policy, batch, config, watch_entropy=True):
     value_part = value_loss(values, batch.values, batch.returns, batch.mask, config.value_clip)
     loss = policy_part + config.value_coef * value_part
     log_ratio = (log_probs.detach() - batch.log_probs).where(batch.mask, 0)
-    clipped = (log_ratio.exp() - 1).abs() > config.clip
+    change = log_ratio.expm1()                                             # (B, T) ρ − 1
+    clipped = (change.abs() > config.clip).float()
     watched = {"policy_loss": policy_part, "value_loss": value_part,
-               "approx_kl": masked_mean(log_ratio.expm1() - log_ratio, batch.mask),  # k3
-               "clip_fraction": masked_mean(clipped.float(), batch.mask)}
-    if config.entropy_coef or watch_entropy:  # two more passes over all logits: not for nothing
+               "approx_kl": masked_mean(change - log_ratio, batch.mask),  # k3 of KL(π_old‖π)
+               "clip_fraction": masked_mean(clipped, batch.mask)}
+    # two more passes over the logits: without a bonus, for the log of the first epoch alone
+    if config.entropy_coef or watch_entropy:
         bonus = entropy(logits if config.entropy_coef else logits.detach(), batch.mask[batch.mask])
         loss, watched["entropy"] = loss - config.entropy_coef * bonus, bonus
     return loss, {name: float(value.detach()) for name, value in watched.items()}
@@ -724,15 +724,16 @@ def ppo_update(policy, optimizer, experience, config, generator=None, where="ppo
     """
     whitened = whiten(experience.advantages, experience.mask)
     experience = dataclasses.replace(experience, advantages=whitened)
-    metrics, updates, stop = {}, 0, False
+    metrics, updates, seen, stop = {}, 0, 0, False
     for epoch in range(config.ppo_epochs):
         for rows in torch.randperm(len(whitened), generator=generator).split(config.minibatch_size):
             rows = rows.to(whitened.device)
-            optimizer.zero_grad(set_to_none=True)  # a caller's old gradient is no part of the sum
-            loss, watched, tokens = 0.0, {}, experience.mask[rows].sum()
+            optimizer.zero_grad()  # a caller's old gradient is no part of the sum
+            loss, watched, n_tokens = 0.0, {}, experience.mask[rows].sum()
+            seen += int(n_tokens)
             for part in rows.split(config.micro_batch_size):
                 batch = experience.take(part)
-                share = batch.mask.sum() / tokens
+                share = batch.mask.sum() / n_tokens
                 part_loss, part_watched = ppo_loss(policy, batch, config, epoch == 0)
                 (share * part_loss).backward()
                 loss += float(share * part_loss.detach())
@@ -740,7 +741,7 @@ def ppo_update(policy, optimizer, experience, config, generator=None, where="ppo
                     watched[name] = watched.get(name, 0.0) + float(share) * value
             stop = config.early_stop_kl is not None and watched["approx_kl"] > config.early_stop_kl
             if stop:  # and leave no gradient behind
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 break
             watched["grad_norm"] = apply_gradient(loss, policy, optimizer, config.max_grad_norm,
                                                   where)
@@ -750,14 +751,15 @@ def ppo_update(policy, optimizer, experience, config, generator=None, where="ppo
         if stop:
             break
     result = {name: sum(values) / len(values) for name, values in metrics.items()}
-    return result | {"updates": updates, "early_stop": stop}
+    return result | {"updates": updates, "early_stop": stop, "tokens": seen}
 
 
 def train_ppo(policy, reference, reward_fn, prompts, config, state=None, on_step=None):
     """Stage 3: maximise E[r(x, y)] − β KL(π‖π_ref) by PPO: collect, update, repeat.
 
     policy: ActorCritic, trained in place    reference: its frozen start, a GPT
-    reward_fn(Rollout) -> scores (B,)    prompts: lists of ids    returns: metrics an iteration
+    reward_fn(Rollout) -> scores (B,), but see `collect` for responses that were cut
+    prompts: lists of ids    returns: list of dictionaries of metrics, one an iteration
     on_step and state: as in train_language_model
     """
     state = state or {"step": 0, "kl_coef": config.kl_coef}
@@ -779,13 +781,13 @@ def train_ppo(policy, reference, reward_fn, prompts, config, state=None, on_step
         update = ppo_update(policy, optimizer, experience, now, generator, f"ppo step {step + 1}")
         update_seconds = time.perf_counter() - start
 
-        metrics = experience_metrics(experience, policy.gpt.config.eos_token) | update
-        tokens = int(experience.mask.sum())
-        metrics |= {"kl_coef": kl_coef, "steps": config.ppo_iterations,
-                    "rollout_tokens_per_s": tokens / experience.rollout_seconds,
-                    "update_tokens_per_s": config.ppo_epochs * tokens / update_seconds}
+        metrics = experience_metrics(experience, policy.gpt.config.eos_token)
+        metrics |= {"rollout_tokens_per_s":
+                    int(experience.mask.sum()) / experience.rollout_seconds,
+                    "update_tokens_per_s": update.pop("tokens") / update_seconds}
+        metrics |= update | {"kl_coef": kl_coef, "steps": config.ppo_iterations}
         if config.kl_target is not None:
-            kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], config.kl_target, len(batch))
+            kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], config.kl_target)
         history.append(metrics)
         if on_step:
             on_step(metrics, {"step": step + 1, "optimizer": optimizer.state_dict(),
@@ -867,6 +869,42 @@ def evaluate(policy, reference, reward_fn, prompts, config, true_reward_fn=None)
 FILES = {"language_model": "lm.pt", "reward_model": "reward.pt", "ppo": "policy.pt"}
 FORMAT = 1  # of checkpoints
 SAVE_EVERY = 10  # seconds of work that a kill can cost
+
+
+def check(c):
+    """Raise ValueError, in one line, for a setting of Config `c` that makes no sense."""
+    def need(ok, name, expected):
+        if not ok:
+            raise ValueError(f"{name} is {getattr(c, name)!r}, expected {expected}")
+
+    for field in dataclasses.fields(c):
+        value = getattr(c, field.name)
+        kind = field.type | int if field.type in (float, float | None) else field.type
+        need(isinstance(value, kind) and not isinstance(value, bool), field.name,
+             getattr(field.type, "__name__", str(field.type)))
+        need(not isinstance(value, float) or abs(value) < 1e38, field.name,
+             "a finite number, of float32's range")
+        need(field.name == "seed" or not isinstance(value, int) or abs(value) < 2**31, field.name,
+             "less than 2**31")
+    for name in ("block_size n_layer n_head n_embd lm_batch_size rm_batch_size max_new_tokens "
+                 "ppo_batch_size ppo_epochs minibatch_size micro_batch_size eval_prompts").split():
+        need(getattr(c, name) >= 1, name, "at least 1")
+    for name in ("lm_epochs rm_epochs ppo_iterations kl_coef value_coef entropy_coef lm_lr rm_lr "
+                 "ppo_lr").split():
+        need(getattr(c, name) >= 0, name, "at least 0")
+    for name in "temperature clip value_clip max_grad_norm".split():
+        need(getattr(c, name) > 0, name, "more than 0")
+    for name in "gamma lam".split():
+        need(0 <= getattr(c, name) <= 1, name, "0 to 1")
+    for name in "kl_target early_stop_kl".split():
+        need(getattr(c, name) is None or getattr(c, name) > 0, name, "more than 0, or none")
+    need(c.n_embd % c.n_head == 0, "n_embd", f"a multiple of n_head, {c.n_head}")
+    need(c.minibatch_size <= c.ppo_batch_size, "minibatch_size",
+         f"at most ppo_batch_size, {c.ppo_batch_size}")
+    # An end token before, at least one token of prompt, and an end token for a cut response.
+    # With `init`, `starting_point` asks for the same of the context that the weights have.
+    need(c.init or c.max_new_tokens + 3 <= c.block_size, "max_new_tokens",
+         f"at most block_size - 3, {c.block_size - 3}, to leave room for a prompt")
 
 
 @functools.cache
@@ -1062,9 +1100,9 @@ def run(config, fresh=None, interrupted=lambda: False):
     device, out = pick_device(config.device), Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     with dataset.locked(out):
-        for stage in reversed(FILES if fresh else ()):  # the last first: a kill leaves a beginning
-            if list(FILES).index(stage) >= list(FILES).index(fresh):
-                (out / FILES[stage]).unlink(missing_ok=True)
+        stages = list(FILES)[list(FILES).index(fresh):] if fresh else []
+        for stage in reversed(stages):  # the last first: a kill leaves a beginning
+            (out / FILES[stage]).unlink(missing_ok=True)
         return run_stages(lm, data, config, device, interrupted)
 
 
@@ -1082,12 +1120,12 @@ def run_stages(lm, data, config, device, interrupted):
         lm, data.train.documents, config, **resume))
     lm.requires_grad_(False)
 
-    reward_model = RewardModel(lm, seeded(config.seed, "reward_model init", 0)).requires_grad_()
+    reward_model = RewardModel(lm, seeded(config.seed, "reward_model init", 0))
     stage("reward_model", reward_model, lambda **resume: train_reward_model(
         reward_model, data.train.pairs, lm, data.train.prompts, config, **resume))
     reward_model.requires_grad_(False)
 
-    policy, true_reward = ActorCritic(lm).requires_grad_(), true_reward_fn(data)
+    policy, true_reward = ActorCritic(lm), true_reward_fn(data)
     watched = {}
 
     def reward_fn(rollout):
