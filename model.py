@@ -46,20 +46,6 @@ def unpack(x, valid, shape):
     return x.unflatten(0, shape)
 
 
-def causal_attention(q, k, v):
-    """softmax(q kᵀ / √hs) v, each query over the keys at positions <= its own; all (B, nh, S, hs).
-
-    On a CPU plain products are faster than the fused kernel, while S × S scores fit its caches.
-    """
-    B, nh, S, hs = q.shape
-    if q.device.type != "cpu" or S > 128:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    later = torch.full((S, S), -math.inf, dtype=q.dtype).triu(1)           # 0 on and below diagonal
-    q, k, v = (x.reshape(B * nh, S, hs) for x in (q, k, v))
-    scores = torch.baddbmm(later, q, k.transpose(1, 2), alpha=hs**-0.5)    # (B nh, S, S)
-    return (scores.softmax(-1) @ v).view(B, nh, S, hs)
-
-
 class Attention(nn.Module):
     """Causal self-attention, softmax(q kᵀ / √hs) v, over the keys at positions <= the query's.
 
@@ -76,18 +62,14 @@ class Attention(nn.Module):
     def forward(self, x, shape, valid, cache, positions, seen):
         (B, S), C = shape, x.shape[-1]                                     # x (N, C), packed
         qkv = unpack(self.c_attn(x), valid, shape)                         # (B, S, 3C)
-        q, k, v = qkv.view(B, S, 3, self.n_head, C // self.n_head).unbind(2)
-        q = q.transpose(1, 2)                                              # (B, nh, S, hs)
-        if cache is None:
-            y = causal_attention(q, k.transpose(1, 2), v.transpose(1, 2))  # (B, nh, S, hs)
-        else:
-            rows = torch.arange(B, device=x.device)[:, None]               # (B, 1)
+        q, k, v = qkv.unflatten(2, (3, self.n_head, -1)).unbind(2)         # 3 × (B, S, nh, hs)
+        if cache is not None:
             # Each row writes at its own positions, and sees no key after them: what an earlier,
             # padded write left there is garbage.
-            cache[rows, positions] = qkv[:, :, C:].to(cache.dtype)
-            keys, values = cache.unflatten(2, (2, self.n_head, -1)).to(q.dtype).unbind(2)
-            y = F.scaled_dot_product_attention(                            # (B, nh, S, hs)
-                q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=seen)
+            cache[torch.arange(B, device=x.device)[:, None], positions] = qkv[:, :, C:].to(cache)
+            k, v = cache.to(q).unflatten(2, (2, self.n_head, -1)).unbind(2)  # 2 × (B, K, nh, hs)
+        y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), attn_mask=seen,
+                                           is_causal=cache is None)        # (B, nh, S, hs)
         return self.c_proj(pack(y.transpose(1, 2).reshape(B, S, C), valid))
 
 
