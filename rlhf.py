@@ -45,7 +45,7 @@ from data import dataset
 from model import GPT, ActorCritic, GPTConfig, RewardModel, load_checkpoint, save_checkpoint
 
 # =================================================================================================
-# Configuration
+# Configuration, random numbers, precision, padding
 # =================================================================================================
 
 
@@ -102,6 +102,22 @@ def seeded(seed, stage, step):
     """The generator of one step: what is random in it depends on (seed, stage, step) alone."""
     digest = hashlib.sha256(f"{seed}/{stage}/{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def autocast(module):
+    """bf16 where it helps: big models on CUDA. Log-softmax and losses stay in float32."""
+    weight = next(module.parameters())
+    big = sum(p.numel() for p in module.parameters()) > 50e6  # small ones wait for launches
+    return torch.autocast(weight.device.type, torch.bfloat16, weight.is_cuda and big)
+
+
+def pad(rows, device):
+    """Lists of ids -> right-padded tokens (B, S) and mask (B, S)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]             # (B, S)
+    tokens = torch.zeros(mask.shape, dtype=torch.long)
+    tokens[mask] = torch.tensor([token for row in rows for token in row])
+    return tokens.to(device), mask.to(device)
 
 
 # =================================================================================================
@@ -427,22 +443,6 @@ def adapt_kl_coef(kl_coef, kl, kl_target, K=0.1):
 # =================================================================================================
 # The loops: language model, reward model, PPO
 # =================================================================================================
-
-
-def autocast(module):
-    """bf16 where it helps: big models on CUDA. Log-softmax and losses stay in float32."""
-    weight = next(module.parameters())
-    big = sum(p.numel() for p in module.parameters()) > 50e6  # small ones wait for launches
-    return torch.autocast(weight.device.type, torch.bfloat16, weight.is_cuda and big)
-
-
-def pad(rows, device):
-    """Lists of ids -> right-padded tokens (B, S) and mask (B, S)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]             # (B, S)
-    tokens = torch.zeros(mask.shape, dtype=torch.long)
-    tokens[mask] = torch.tensor([token for row in rows for token in row])
-    return tokens.to(device), mask.to(device)
 
 
 def batches_of_similar_length(lengths, batch_size, generator):
