@@ -462,6 +462,8 @@ def test_rewards_to_go_by_hand():
     close(rewards_to_go(rewards, mask, gamma=0.5), [[3.0, 4.0, 4.0], [2.0, 2.0, 0.0]])
     close(rewards_to_go(rewards, mask), [[7.0, 6.0, 4.0], [3.0, 2.0, 0.0]])
     close(rewards_to_go(rewards[:, :1], mask[:, :1]), [[1.0], [1.0]])  # responses of one token
+    whole = torch.tensor([[0, 0, 1]])  # no reward is cut to a whole number
+    assert rewards_to_go(whole, torch.ones(1, 3), 0.5).tolist() == [[0.25, 0.5, 1.0]]
 
 
 @SEEDS
@@ -531,6 +533,7 @@ def test_gae_worked_by_hand():
     close(gae(r, values, mask, 0.5, 0.5), [[0.0125, 0.05, 0.2]])
     close(gae(r, values, mask), gae(r, values, mask, 1, 0.95))
     close(gae(r[:, 2:], values[:, 2:], mask[:, 2:]), [[0.2]])  # a response of one token
+    close(gae(r.long(), values, mask, 1.0, 0.5), [[0.45, 0.5, 0.2]])  # whole numbers are not cut to
 
 
 def wrong_critic(w):
@@ -1096,12 +1099,39 @@ def test_no_gradient_is_left_behind_by_an_early_stop():
     optimizer = sgd(policy, 0.1)
     metrics = ppo_update(policy, optimizer, experience, config, draws())
     assert metrics["early_stop"] is True and metrics["updates"] == 1
+    assert metrics["tokens"] < experience.mask.sum()  # two minibatches of three, of four epochs
     assert all(p.grad is None or not p.grad.any() for p in policy.parameters())
     assert ppo_update(policy, optimizer, experience, config, draws())["updates"] == 0
     config = dataclasses.replace(config, early_stop_kl=None)
     other, expected = updated(policy, experience, config)  # by an optimizer that saw nothing else
     assert ppo_update(policy, optimizer, experience, config, draws()) == expected
     assert same(policy, other)
+
+
+def test_a_copy_of_a_frozen_language_model_is_trained_whole():
+    """The reference is frozen, the policy and the reward model that start from it are not."""
+    lm = tiny_gpt(0).requires_grad_(False)
+    for model in (ActorCritic(lm), RewardModel(lm)):
+        assert all(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in lm.parameters())
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (12, 1), (12, 5)])
+def test_scores_that_are_not_one_a_trajectory_are_refused(shape):
+    """Broadcast, they would become rewards (B, B, T), or one score for all."""
+    policy, (_, config) = tiny_policy(0), experience_of(tiny_policy(0), tiny_gpt(1))
+    prompts = [list(x) for x in RAGGED] * 6
+    with pytest.raises(ValueError, match=rf"shape {re.escape(str(shape))}, expected \(12,\)"):
+        collect(policy, tiny_gpt(1), lambda r: torch.zeros(shape), prompts, config, draws())
+    assert collect(policy, tiny_gpt(1), lambda r: [1.0] * 12, prompts, config).scores.sum() == 12
+
+
+def test_a_rollout_that_has_no_meaning_is_refused():
+    """No prompt to read s_0 from, and a temperature that divides by 0 or turns the order round."""
+    for prompts, temperature, message in (([[3], []], 1.0, "no token"), ([[3]], 0.0, "more than 0"),
+                                          ([[3]], -1.0, "more than 0"), ([[3] * 9], 1.0, "context")):
+        with pytest.raises(ValueError, match=message):
+            rollout(tiny_gpt(), prompts, 4, 3, temperature)
 
 
 def test_no_epoch_follows_an_early_stop_and_no_stop_comes_below_the_limit():
@@ -1945,8 +1975,13 @@ def test_no_cached_pass_differs_from_the_whole_one():
     close(torch.cat(out, 1), whole)
     changed = torch.cat([tokens[:, :5], (tokens[:, 5:] + 1) % 6], 1)
     assert torch.equal(gpt(changed)[:, :5], whole[:, :5])  # causal, to the last bit
-    steps = torch.rand(3, 9, generator=draws()) < 0.5
-    close(gpt(tokens, steps), whole[steps])
+    some = torch.rand(3, 9, generator=draws()) < 0.5
+    for steps in (some, some & (torch.arange(3) != 1)[:, None], (torch.arange(9) < 1).expand(3, 9),
+                  torch.ones_like(some)):  # a row that is not read, rows read at their start alone
+        close(gpt(tokens, steps), whole[steps])
+        positions = torch.arange(9).expand(3, 9)
+        x = gpt.hidden(tokens, gpt.new_cache(3, 9), positions, steps)
+        close(gpt.logits(x), whole[steps])
     with pytest.raises(ValueError, match="10 tokens do not fit the context of 9"):
         gpt(torch.zeros(1, 10, dtype=torch.long))
 
