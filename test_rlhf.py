@@ -769,6 +769,9 @@ def test_masked_mean_and_whiten_are_those_of_the_valid_entries():
     close(whiten(x, mask), [[a, b, 0], [c, 0, 0]], 1e-8)
     assert masked_mean(x, torch.zeros(2, 3)) == 0  # nothing valid: no division by 0
     assert (whiten(torch.ones(2, 3).double(), mask) == 0).all()  # no spread: nor here
+    coarse = torch.tensor([[100.0, 101.0, 102.0]]).bfloat16()  # steps of 0.5: a sum would lose them
+    assert whiten(coarse, torch.ones(1, 3)).tolist()[0] == pytest.approx(
+        [-1.5**0.5, 0, 1.5**0.5], rel=2**-9)
 
 
 # =================================================================================================
