@@ -1309,6 +1309,145 @@ def test_no_metric_of_a_batch_reads_padding():
 
 
 # =================================================================================================
+# The program: what its tests share
+# =================================================================================================
+
+def pair(prompt, chosen, rejected):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+GOOD_LINE = json.dumps(pair("A", " b.", " c."))
+RANKS = (dataset.SHIPPED / "tokenizer.tiktoken").read_bytes().split(b"\n")
+
+
+def write_data(directory, preferences, ranks=None, **texts):
+    """A data directory: preferences are rows or raw lines; corpus="…" writes corpus.txt; ranks=n
+    a tokenizer of the first n tokens, of which the first 256 are the bytes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in preferences]
+    (directory / "preferences.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    for name, text in texts.items():
+        (directory / f"{name}.txt").write_bytes(text.encode())
+    if ranks:
+        (directory / "tokenizer.tiktoken").write_bytes(b"\n".join(RANKS[:ranks]))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return dataset.load(dataset.SHIPPED, 256, 64)
+
+
+def python(*arguments, input=None, cwd=REPO):
+    """Run python on a file of the repository, in a process of its own."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, input=input, text=True,
+                          capture_output=True, encoding="utf-8",
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(monkeypatch):
+    """main() takes Ctrl-C over: given back. No picture: importing the plotter outlasts a run."""
+    monkeypatch.setattr(curves, "draw", lambda out: "")
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def printed(capsys, *arguments):
+    """What rlhf.py prints, called in this process."""
+    rlhf.main([str(a) for a in arguments])
+    return capsys.readouterr().out
+
+
+def refused(capsys, *arguments, entry=rlhf.main, program="rlhf.py"):
+    """It ends with status 2 and one line on stderr, which is returned."""
+    with pytest.raises(SystemExit) as caught:
+        entry([str(a) for a in arguments])
+    output = capsys.readouterr()
+    assert caught.value.code == 2, (caught.value.code, output.err)
+    assert output.err.count("\n") == 1 and output.err.startswith(f"{program}: "), output.err
+    return output.err
+
+
+SIZES = dict(n_layer=1, n_head=2, n_embd=16, block_size=128, max_new_tokens=8, lm_epochs=1,
+             lm_batch_size=4, rm_epochs=1, rm_batch_size=8, ppo_iterations=3, ppo_batch_size=16,
+             minibatch_size=8, ppo_epochs=2, eval_prompts=6, device="cpu")
+FLAGS = [f"--{name}={value}" for name, value in SIZES.items()]
+
+
+def small_data(directory, ranks=None):
+    """60 documents and 80 pairs of the shipped data."""
+    def head(name, n):
+        return (dataset.SHIPPED / name).read_text("utf-8").splitlines()[:n]
+    return write_data(directory, head("preferences.jsonl", 80), ranks,
+                      corpus="\n".join(head("corpus.txt", 60)))
+
+
+def run_of(config):
+    """A run: its Config, its folders, and the flags that give it on the command line."""
+    data, out = Path(config.data_dir), Path(config.out_dir)
+    return SimpleNamespace(config=config, data=data, out=out,
+                           flags=[*FLAGS, "--data", data, "--out_dir", out])
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """A whole run at reduced size, and the record that it returned."""
+    base = tmp_path_factory.mktemp("run")
+    first = run_of(Config(**SIZES, data_dir=str(small_data(base / "data")),
+                          out_dir=str(base / "out")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "draw", lambda out: "")
+        first.record = rlhf.run(first.config)
+    return first
+
+
+@pytest.fixture
+def second_run(first_run, tmp_path):
+    """A copy of the first run, to go on from."""
+    out = shutil.copytree(first_run.out, tmp_path / "out")
+    return run_of(dataclasses.replace(first_run.config, out_dir=str(out)))
+
+
+def failing_at(n, error, function=lambda *_: None):
+    """The function, which raises in call number n."""
+    calls = itertools.count(1)
+
+    def failing(*arguments):
+        if next(calls) == n:
+            raise error
+        return function(*arguments)
+    return failing
+
+
+def weights(out, name="policy.pt"):
+    return load_checkpoint(Path(out) / name)["weights"]
+
+
+def figures(record):
+    """What does not depend on the clock."""
+    return {k: v for k, v in record.items() if "seconds" not in k and "per_s" not in k}
+
+
+def timeless(out):
+    """log.jsonl without what is measured by the clock."""
+    return list(map(figures, dataset.read_records(Path(out) / "log.jsonl")))
+
+
+def ends_as(first_run, out):
+    """The same files, weights, log and samples: bit for bit."""
+    out = Path(out)
+    assert sorted(os.listdir(out)) == sorted(os.listdir(first_run.out))
+    assert timeless(out) == timeless(first_run.out)
+    assert (out / "samples.jsonl").read_bytes() == (first_run.out / "samples.jsonl").read_bytes()
+    for name in rlhf.FILES.values():
+        ours, theirs = (load_checkpoint(folder / name) for folder in (out, first_run.out))
+        assert same(ours["weights"], theirs["weights"]), name
+        assert str(ours["state"]) == str(theirs["state"]) and ours["done"], name
+
+
+# =================================================================================================
 # The program: the loops
 # =================================================================================================
 
@@ -1545,15 +1684,13 @@ def test_evaluate_compares_both_policies_on_the_same_prompts(judged_by_truth):
     assert (record, samples) == rlhf.evaluate(*arguments)
     assert [sample["prompt"] for sample in samples] == prompts[:16]
     columns = {name: [s[name] for s in samples] for name in samples[0]}
-    for side in ("lm", "ppo"):
-        for s in samples:
+    for s in samples:
+        for side in ("lm", "ppo"):
             y = s[side]
             assert 1 <= len(y) <= 3 and 3 not in y[:-1] and s[f"ended_{side}"] == (y[-1] == 3)
             assert s[f"reward_{side}"] == len(y) % 2 and s[f"length_{side}"] == len(y)
-        if judged_by_truth:
-            assert columns[f"true_reward_{side}"] == pytest.approx(
-                [structured_score(y) for y in columns[side]], abs=1e-5)
-    for s in samples:
+            if judged_by_truth:
+                assert s[f"true_reward_{side}"] == pytest.approx(structured_score(y), abs=1e-5)
         states = [s["prompt"] + s["ppo"][:t] for t in range(len(s["ppo"]))]
         assert s["kl"] == pytest.approx(sum(
             (log_pi(policy, state, 0.9)[a] - log_pi(reference, state, 0.9)[a]).item()
@@ -1581,11 +1718,6 @@ def test_evaluate_compares_both_policies_on_the_same_prompts(judged_by_truth):
 # The program: data
 # =================================================================================================
 
-@pytest.fixture(scope="module")
-def shipped():
-    return dataset.load(dataset.SHIPPED, 256, 64)
-
-
 @pytest.fixture(scope="session")
 def remade(tmp_path_factory):
     """make_data.py at work in a process of its own, and the folder that it writes."""
@@ -1604,28 +1736,7 @@ def the_slowest_first(request):
         request.getfixturevalue("remade")
 
 
-def write_data(directory, preferences, **texts):
-    """A data directory: preferences are rows or raw lines; corpus="…" writes corpus.txt."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in preferences]
-    (directory / "preferences.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    for name, text in texts.items():
-        (directory / f"{name}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
-    return directory
-
-
-def pair(prompt, chosen, rejected):
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def python(*arguments):
-    """Run python on a file of the repository, in a process of its own."""
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=REPO, capture_output=True,
-                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
 def test_make_data_regenerates_every_file_byte_for_byte(remade):
-    """The shipped files are what their generator writes, on any machine."""
     process, folder = remade
     assert process.wait() == 0
     for name in ("corpus.txt", "preferences.jsonl", "tokenizer.tiktoken"):
@@ -1634,8 +1745,7 @@ def test_make_data_regenerates_every_file_byte_for_byte(remade):
 
 ODD_TEXTS = ["", " ", "\n\n\t ", "naïve café — “quotes” …", "🎬👩‍👩‍👧 家族 кино",
              "\x00\x7f\u200d\ufeff", "<|endoftext|>", "a" * 300, " lots   of\r\n\r\nspace  ",
-             "x1y22z333", "'s 't don't",
-             "".join(map(chr, range(32, 300)))]
+             "x1y22z333", "'s 't don't", "".join(map(chr, range(32, 300)))]
 
 
 def test_the_tokenizer_returns_any_text_and_never_an_end_token(shipped):
@@ -1647,6 +1757,11 @@ def test_the_tokenizer_returns_any_text_and_never_an_end_token(shipped):
         assert encoding.decode(tokens) == text and eos not in tokens
         assert shipped.text([eos, *tokens, eos]) == text
     assert "\ufffd" in shipped.text(encoding.encode_ordinary("🎬")[:-1])  # half a character
+
+
+def loaded(directory, rows, context=64, **files):
+    """What is read of a directory with these preferences and files, for responses of 8 tokens."""
+    return dataset.load(write_data(directory, rows, **files), context, 8)
 
 
 def all_rows(data):
@@ -1693,7 +1808,7 @@ def test_a_held_out_pairs_text_is_in_no_training_document(tmp_path, corpus):
     rows = [pair(f"Film {i} is", f" good {i}.", f" bad {i}.") for i in range(200)]
     texts = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
     files = {"corpus": "\n".join(texts)} if corpus else {}
-    data = dataset.load(write_data(tmp_path, rows, **files), 64, 8)
+    data = loaded(tmp_path, rows, **files)
     seen = {data.text(d) for d in data.train.documents}
     held = {data.text(x) + data.text(y) for x, *both in data.held_out.pairs for y in both}
     assert len(held) > 20 and seen and not seen & held
@@ -1707,7 +1822,7 @@ def test_pairs_without_a_prompt_are_held_out_by_their_answers(tmp_path):
     rows = [pair("", f"Good film {i}.", f"Bad film {i}.") for i in range(200)]
     turned = [pair("", row["rejected"], row["chosen"]) for row in rows]
     a, b = ({frozenset((data.text(w), data.text(l))) for _, w, l in data.held_out.pairs}
-            for data in (dataset.load(write_data(tmp_path, r), 64, 8) for r in (rows, turned)))
+            for data in (loaded(tmp_path, rows), loaded(tmp_path, turned)))
     assert 5 < len(a) < 50 and a == b
 
 
@@ -1718,22 +1833,26 @@ HI, A_B = "\n\nHuman: Hi\n\nAssistant:", " A\n\nHuman: B\n\nAssistant:"
                                       (HI, A_B + " C", " X"), ("", "Yes.", "Yet.")])
 def test_an_implicit_prompt_is_the_longest_common_prefix_that_ends_at_an_assistants_turn(
         tmp_path, expected):
-    """{"chosen", "rejected"}: two dialogues; what they share up to a turn is the prompt."""
+    """It reads as if it were spelled out; columns that a trainer added are passed over."""
     x, w, l = expected
-    data = dataset.load(write_data(tmp_path, [{"chosen": x + w, "rejected": x + l}]), 256, 8)
-    assert tuple(map(data.text, data.train.pairs[0])) == expected
-    assert [data.text(p) for p in data.train.prompts] == [x]
+    for row in (pair(x, w, l) | {"score_chosen": 1.5},
+                {"chosen": x + w, "rejected": x + l, "margin": None}):
+        data = loaded(tmp_path, [row], 256)
+        assert tuple(map(data.text, data.train.pairs[0])) == expected
+        assert [data.text(p) for p in data.train.prompts] == [x]
 
 
-GOOD_LINE = json.dumps(pair("A", " b.", " c."))
-RANKS = (dataset.SHIPPED / "tokenizer.tiktoken").read_bytes().split(b"\n")
+MESSAGES = ('is a list of messages, a conversational form that is not read; '
+            'expected {"prompt", "chosen", "rejected"}')
 BROKEN_LINES = {"preferences.jsonl": [  # the third line of a file, and what is said about it
     (b"{not json", "not JSON"), (GOOD_LINE[:-3].encode(), "not JSON"), (b"[" * 100_000, "not JSON"),
     (b"[1, 2]", "not a JSON object"), (b'{"prompt": "A", "chosen": "b"}', "no 'rejected'"),
     (b'{"prompt": "A", "rejected": "b"}', "no 'chosen'"),
     (b'{"prompt": "A", "chosen": "b", "rejected": 3}', "'rejected' is not text"),
     (b'{"prompt": null, "chosen": "b", "rejected": "c"}', "'prompt' is not text"),
-    (b'{"chosen": [{"role": "user"}], "rejected": []}', "'chosen' is a list of messages"),
+    (b'{"chosen": [{"role": "user"}], "rejected": []}', f"'chosen' {MESSAGES}"),
+    (b'{"prompt": [], "chosen": [], "rejected": []}', f"'prompt' {MESSAGES}"),
+    (b'{"prompt": "A", "chosen": [], "rejected": []}', f"'chosen' {MESSAGES}"),
     (b'{"prompt": "A", "chosen": "\\ud800", "rejected": "c"}', "surrogate"),
     (b'{"prompt": "A", "chosen": "caf\xe9", "rejected": "c"}', "byte 0xe9 at column")],
     "corpus.txt": [(b"tw\xffo", "byte 0xff at column 3")],
@@ -1745,11 +1864,11 @@ BROKEN_LINES = {"preferences.jsonl": [  # the third line of a file, and what is 
         (b"QUFB" * 400 + b" 2", "a token of 1,200 bytes")]}
 
 
-@pytest.mark.parametrize("name, n", [
-    (name, n) for name in BROKEN_LINES for n in range(len(BROKEN_LINES[name]))])
-def test_a_broken_line_is_named_by_file_and_line(tmp_path, name, n):
+@pytest.mark.parametrize("name, line, problem", [
+    pytest.param(name, *row, id=f"{name} {n} {row[1][:25]}")
+    for name, rows in BROKEN_LINES.items() for n, row in enumerate(rows)])
+def test_a_broken_line_is_named_by_file_and_line(tmp_path, name, line, problem):
     """FILE:LINE: what is wrong, and what was expected; one line."""
-    line, problem = BROKEN_LINES[name][n]
     write_data(tmp_path, [GOOD_LINE])
     good = RANKS if name.startswith("tokenizer") else [GOOD_LINE.encode(), b"", b"", b"more"]
     (tmp_path / name).write_bytes(b"\n".join([*good[:2], line, *good[3:]]))
@@ -1762,16 +1881,13 @@ def test_a_broken_line_is_named_by_file_and_line(tmp_path, name, n):
 
 def test_a_readers_own_tokenizer_is_used_and_must_have_every_byte(tmp_path):
     """256 bytes are enough: the vocabulary is theirs, one more token ends a text."""
-    write_data(tmp_path, [GOOD_LINE])
-    (tmp_path / "tokenizer.tiktoken").write_bytes(b"\n".join(RANKS[:256]))
-    data = dataset.load(tmp_path, 64, 8)
+    data = loaded(tmp_path, [GOOD_LINE], ranks=256)
     assert data.eos_token == 256
     assert data.train.pairs == [([256, 65], [32, 98, 46, 256], [32, 99, 46, 256])]
     assert dataset.tokenizer_of(tmp_path).n_vocab == 257
     assert dataset.tokenizer_of(tmp_path / "none").n_vocab == 1024
-    (tmp_path / "tokenizer.tiktoken").write_bytes(b"\n".join(RANKS[:255]))
     with pytest.raises(dataset.DataError, match=r"tokenizer.tiktoken:256: no token for the byte"):
-        dataset.load(tmp_path, 64, 8)
+        loaded(tmp_path, [GOOD_LINE], ranks=255)
 
 
 def test_missing_files_are_named(tmp_path):
@@ -1783,14 +1899,14 @@ def test_missing_files_are_named(tmp_path):
             dataset.load(directory, 64, 8)
 
 
-def test_unusable_rows_are_skipped_and_counted(tmp_path):
-    """Identical answers, an empty answer, no room, blank lines: a count of each reason."""
+def test_unusable_rows_are_skipped_and_counted(tmp_path, capsys):
+    """Identical answers, an empty answer, no room, blank lines: a count of each, and it is said."""
     words = "b " * 80  # more than 40 tokens
     rows = [pair("A", " b.", " c."), pair("A", " b.", " b."), pair("A", " ", " c."),
             pair("A", " b.", "\n"), pair("A", words, " c."), pair("A", " b.", words),
             pair(words, " b.", " c."), "   ", pair("A", " d.", " e.")]
-    data = dataset.load(write_data(tmp_path, rows, corpus=f"one\n{words}\n  \n\ntwo\n",
-                                   prompts=f"x\n\ny\n{words}\n x\nx\n"), 40, 8)
+    data = loaded(tmp_path, rows, 40, corpus=f"one\n{words}\n  \n\ntwo\n",
+                  prompts=f"x\n\ny\n{words}\n x\nx\n")
     assert dict(data.skipped) == {
         "preferences.jsonl: identical answers": 1, "preferences.jsonl: empty answer": 2,
         "preferences.jsonl: no room within the context": 3, "preferences.jsonl: blank line": 1,
@@ -1800,33 +1916,35 @@ def test_unusable_rows_are_skipped_and_counted(tmp_path):
     assert len(data.train.pairs) == 2 and not data.shipped
     assert sorted(map(data.text, data.train.prompts)) == [" x", "x", "y"]  # each once
     assert len(data.notes) == 3 and data.held_out.pairs == data.train.pairs  # too few to hold out
+    rlhf.describe(data, torch.device("cpu"))
+    text = capsys.readouterr().out
+    for part in ("vocabulary 1,024", "2 documents, 2 pairs, 3 prompts", *data.notes,
+                 *[f"skipped: {n} rows of {reason}" for reason, n in data.skipped.items()]):
+        assert part in text
 
 
 @pytest.mark.parametrize("n, m, kept", [(5, 5, [2, 2, 2]), (6, 4, [2, 2, 2]), (5, 6, [1, 1, 2]),
                                         (7, 3, [2, 2, 1])])
 def test_what_just_fits_the_context_is_kept(tmp_path, n, m, kept):
     """end + document + end, end + prompt + answer + end, end + prompt + T_max + end <= context."""
-    text = "abcdefghijklmnopqrstuvwxyz"  # a token a letter, with the tokenizer below
-    write_data(tmp_path, [pair("p", "q", "r"), pair(text[:n], text[:m], "z")],
-               corpus="q\n" + text[:n + m])
-    (tmp_path / "tokenizer.tiktoken").write_bytes(b"\n".join(RANKS[:256]))
-    data = dataset.load(tmp_path, 12, 4)
+    text = "abcdefghijklmnopqrstuvwxyz"  # a token a letter
+    data = dataset.load(write_data(tmp_path, [
+        pair("p", "q", "r"), pair(text[:n], text[:m], "z")], ranks=256,
+        corpus="q\n" + text[:n + m]), 12, 4)
     assert [len({str(row) for part in (data.train, data.held_out) for row in getattr(part, name)})
             for name in ("pairs", "documents", "prompts")] == kept
 
 
 def test_special_token_text_in_data_is_plain_text(tmp_path):
-    """"<|endoftext|>" in a file cannot end a response."""
     row = pair("Say <|endoftext|>", " <|endoftext|> yes", " no")
-    data = dataset.load(write_data(tmp_path, [row], corpus="a <|endoftext|> b"), 64, 8)
+    data = loaded(tmp_path, [row], corpus="a <|endoftext|> b")
     x, w, _ = data.train.pairs[0]
     assert data.eos_token not in x[1:] + w[:-1] + data.train.documents[0][1:-1]
     assert (data.text(x), data.text(w)) == (row["prompt"], row["chosen"])
 
 
 def test_a_byte_order_mark_and_crlf_are_no_part_of_the_text(tmp_path):
-    """Files from other systems read the same."""
-    a = dataset.load(write_data(tmp_path, [GOOD_LINE] * 2, corpus="one\ntwo\n"), 64, 8)
+    a = loaded(tmp_path, [GOOD_LINE] * 2, corpus="one\ntwo\n")
     for path in tmp_path.iterdir():
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     b = dataset.load(tmp_path, 64, 8)
@@ -1866,10 +1984,38 @@ def test_no_mutant_of_a_data_file_escapes_as_anything_but_a_data_error(tmp_path,
     assert 30 < broken < 190
 
 
+def test_no_two_data_sets_have_one_fingerprint(tmp_path):
+    """The same bytes, but a line moved from one file to the next."""
+    a = write_data(tmp_path / "a", [GOOD_LINE], corpus=GOOD_LINE + "\nx\ny\n")
+    b = write_data(tmp_path / "b", [GOOD_LINE, GOOD_LINE], corpus="x\ny\n")
+    c = write_data(tmp_path / "c", [GOOD_LINE], corpus="x\ny\n", prompts="absent")
+    d = write_data(tmp_path / "d", [GOOD_LINE], corpus="x\ny\nabsent", prompts="p")
+    assert len({dataset.load(x, 128, 8).fingerprint for x in (a, b, c, d)}) == 4
+
+
+def test_no_line_of_megabytes_takes_long(tmp_path, shipped):
+    """10 MB of one sign, of brackets, of digits: skipped, or named by file and line."""
+    size = 10 * 2**20
+    long = {"preferences.jsonl": [b"[" * size, b"7" * size, b'{"chosen": "' + b"\\" * size],
+            "corpus.txt": [b"x\n" + b"a" * size, b"x\n" + b" " * size, b"x\n" + b"\xff" * size]}
+    for name, raws in long.items():
+        for raw in raws:
+            directory = write_data(tmp_path / "data", [GOOD_LINE], corpus="x\n")
+            (directory / name).write_bytes(raw)
+            try:
+                data = dataset.load(directory, 64, 8, shipped.encoding)
+                assert sum(data.skipped.values()) == 1
+            except dataset.DataError as error:
+                assert str(error).startswith(f"{directory / name}:")
+
+
 def test_records_of_a_run_are_appended_cut_and_written_whole(tmp_path):
     """log.jsonl: one object a line; a resumed run cuts what came after its checkpoint."""
     log, rows = tmp_path / "log.jsonl", [
         {"stage": stage, "step": step, "text": "ü\n"} for stage in "ab" for step in (1, 2, 3)]
+    dataset.append_record(log, {"a": math.nan, "b": -math.inf, "c": 1.5})  # JSON has no NaN
+    assert log.read_text("utf-8") == '{"a": null, "b": null, "c": 1.5}\n'
+    log.unlink()
     for row in rows:
         dataset.append_record(log, row)
     assert dataset.read_records(log) == rows
@@ -2084,7 +2230,8 @@ def test_a_safetensors_file_is_read_as_gpt2s_come(tmp_path):
         write_safetensors(tmp_path / "model.safetensors", tensors)
         again = GPT.from_pretrained(str(tmp_path))
         assert same(again, {k: v.to(kind).float() for k, v in gpt.state_dict().items()})
-    odd = {"flag": torch.tensor([True, False]), "n": torch.tensor([[1, -2]])}
+    odd = {"flag": torch.tensor([True, False]), "n": torch.tensor([[1, -2]]),
+           "nothing": torch.zeros(0), "of a row": torch.zeros(3, 0)}
     write_safetensors(tmp_path / "odd", odd)
     assert same(read_safetensors(tmp_path / "odd"), odd)
 
@@ -2112,41 +2259,64 @@ def cut_file(name, keep):
     return edit
 
 
-def without(tensors, name):
-    return {k: v for k, v in tensors.items() if k != name}
+def file_of(name, content):
+    return lambda directory: (directory / name).write_bytes(content)
 
 
-LN_F = "transformer.ln_f.bias"
+def safetensors_of(**entry):
+    """An edit that leaves model.safetensors with a header of this one entry, and eight bytes."""
+    header = json.dumps({"a": entry or 3}).encode()
+    return file_of("model.safetensors", struct.pack("<Q", len(header)) + header + bytes(8))
+
+
+LN_F, C_ATTN = "transformer.ln_f.bias", "transformer.h.0.attn.c_attn.weight"
+NO_SAFETENSORS, NO_CHECKPOINT = "not a safetensors file, or cut short", "not a readable checkpoint"
+NO_SIZES = [("n_layer", "2"), ("n_layer", 2.0), ("n_layer", 0), ("n_layer", "absent"),
+            ("n_head", True), ("n_head", None), ("n_embd", [12]), ("n_embd", -12), ("n_embd", "12"),
+            ("vocab_size", 10**30), ("n_positions", "10")]
 UNREADABLE = {
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json"),
     "config not JSON": (cut_file("config.json", 0.5), "not JSON"),
-    "config no object": (lambda d: (d / "config.json").write_text("[]"), "expected a JSON object"),
+    "config too deep": (file_of("config.json", b"[" * 99999), "not JSON"),
+    "config no object": (file_of("config.json", b"[]"), "expected a JSON object"),
     "config of another model": (edit_config(model_type="llama"), "model_type is 'llama'"),
     "another activation": (edit_config(activation_function="relu"), "activation_function = 'relu'"),
     "untied": (edit_config(tie_word_embeddings=False), "tie_word_embeddings = False"),
     "another MLP": (edit_config(n_inner=7), "n_inner = 7"),
-    "config without a size": (edit_config(n_layer="absent"), "n_layer"),
-    "a size of another kind": (edit_config(n_embd="12"), "config.json"),
     "sizes that do not divide": (edit_config(n_head=5), "n_head 5"),
+    **{f"{key} {value!r}": (edit_config(**{key: value}), f"{key} = .*expected a whole number")
+       for key, value in NO_SIZES},
+    **{f"eos_token_id {value!r}": (edit_config(eos_token_id=value), "eos_token_id.*one token")
+       for value in ([10], "x", -1, True)},
     "no weights": (lambda d: (d / "pytorch_model.bin").unlink(), "no pytorch_model.bin"),
     "sharded": (lambda d: (d / "pytorch_model.bin").rename(d / "pytorch_model.bin.index.json"),
                 "sharded"),
-    "cut": (cut_file("pytorch_model.bin", 0.6), "not a readable checkpoint"),
-    "empty": (cut_file("pytorch_model.bin", 0), "not a readable checkpoint"),
-    "foreign": (lambda d: (d / "pytorch_model.bin").write_text("hello"), "not a readable"),
+    "cut": (cut_file("pytorch_model.bin", 0.6), NO_CHECKPOINT),
+    "empty": (cut_file("pytorch_model.bin", 0), NO_CHECKPOINT),
+    "foreign": (file_of("pytorch_model.bin", b"hello"), NO_CHECKPOINT),
     "a number among them": (edit_weights(lambda t: t | {"x": 1}), "does not hold a state dict"),
+    "a key that is no name": (edit_weights(lambda t: t | {1: torch.zeros(1)}), "state dictionary"),
     "a list": (edit_weights(lambda t: list(t.values())), "does not hold a state dictionary"),
-    "missing": (edit_weights(lambda t: without(t, LN_F)), "missing ln_f.bias"),
+    "missing": (edit_weights(lambda t: {k: t[k] for k in t if k != LN_F}),
+                "missing ln_f.bias"),
     "extra": (edit_weights(lambda t: t | {"transformer.more": t[LN_F]}), "unexpected more"),
+    "both names": (edit_weights(lambda t: t | {"ln_f.bias": t[LN_F]}), "with and without"),
     "another shape": (edit_weights(lambda t: t | {LN_F: torch.zeros(3)}),
                       r"ln_f.bias is \(3,\), expected \(12,\)"),
+    "one dimension": (edit_weights(lambda t: t | {C_ATTN: torch.zeros(3)}),
+                      r"c_attn.weight is \(3,\), expected \(36, 12\)"),
+    "whole numbers": (edit_weights(lambda t: t | {C_ATTN: t[C_ATTN].long()}), "of torch.int64"),
+    "sparse": (edit_weights(lambda t: t | {C_ATTN: t[C_ATTN].to_sparse()}), "not plain, dense"),
     "many missing": (edit_weights(lambda t: {k: t[k] for k in list(t)[:2]}), r"and \d+ more"),
     "another head": (edit_weights(lambda t: t | {"lm_head.weight": t["lm_head.weight"] + 1}),
                      "lm_head.weight differs"),
-    "cut safetensors": (lambda d: (d / "model.safetensors").write_bytes(struct.pack("<Q", 99)),
-                        "not a safetensors file, or cut short"),
-    "foreign safetensors": (lambda d: (d / "model.safetensors").write_text("hi"),
-                            "not a safetensors file, or cut short")}
+    "cut safetensors": (file_of("model.safetensors", struct.pack("<Q", 99)), NO_SAFETENSORS),
+    "foreign safetensors": (file_of("model.safetensors", b"hi"), NO_SAFETENSORS),
+    "safetensors without a header": (safetensors_of(), NO_SAFETENSORS),
+    **{f"safetensors of {kind} {shape}": (
+        safetensors_of(dtype=kind, shape=shape, data_offsets=[0, 8]), f"{NO_SAFETENSORS}.*{said}")
+       for kind, shape, said in (("F32", [3], "a has 8 bytes"), ("F32", [-1], ""),
+                                 ("F32", [2.0], ""), ("F4", [2], "F4"))}}
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
@@ -2158,20 +2328,33 @@ def test_a_file_of_weights_that_does_not_fit_is_named_in_one_line(tmp_path, case
     with pytest.raises(ValueError, match=problem) as caught:
         GPT.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
-    assert case == "sizes that do not divide" or str(tmp_path) in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
 
 
-def test_a_config_may_leave_out_or_spell_out_what_is_usual(tmp_path):
-    """n_ctx for n_positions, n_inner = 4 n_embd, no eos_token_id, no model_type."""
+def test_what_is_usual_may_be_left_out_or_spelled_out(tmp_path):
+    """n_ctx for n_positions, n_inner = 4 n_embd, no model_type; no prefix, no lm_head, a mask."""
     gpt = gpt_for_files()
     gpt.save_pretrained(tmp_path)
     edit_config(n_positions="absent", n_inner=48, eos_token_id="absent",
                 model_type="absent")(tmp_path)
-    assert GPT.from_pretrained(tmp_path).config == gpt.config
-    edit_config(eos_token_id=4)(tmp_path)
-    assert GPT.from_pretrained(tmp_path).config.eos_token == 4
-    edit_weights(lambda t: without(t, "lm_head.weight"))(tmp_path)
+    assert GPT.from_pretrained(tmp_path).config == gpt.config  # the last token ends a text
+    for given, taken in ((4, 4), (50256, 10)):  # 50256 is Hugging Face's default
+        edit_config(eos_token_id=given)(tmp_path)
+        assert GPT.from_pretrained(tmp_path).config.eos_token == taken
+    tensors = load_checkpoint(tmp_path / "pytorch_model.bin")
+    del tensors["lm_head.weight"]
+    tensors = {k.removeprefix("transformer."): v for k, v in tensors.items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 10, 10, dtype=torch.uint8)
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert same(GPT.from_pretrained(tmp_path), gpt)
+
+
+def test_what_is_saved_is_not_hidden_behind_another_file(tmp_path):
+    """Beside a model.safetensors nobody would read pytorch_model.bin: refused."""
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="model.safetensors"):
+        gpt_for_files().save_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
 def test_a_name_is_downloaded_once_to_torchs_cache(tmp_path, monkeypatch):
@@ -2182,42 +2365,28 @@ def test_a_name_is_downloaded_once_to_torchs_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path: fetched.append(
         url) or shutil.copy(tmp_path / "hub" / url.split("/")[-1], path))
-    assert same(GPT.from_pretrained("gpt2"), gpt) and same(GPT.from_pretrained("gpt2"), gpt)
-    assert fetched == [f"https://huggingface.co/gpt2/resolve/main/{name}"
+    assert same(GPT.from_pretrained("gpt2-medium"), gpt)
+    assert same(GPT.from_pretrained("gpt2-medium"), gpt)
+    assert fetched == [f"https://huggingface.co/gpt2-medium/resolve/main/{name}"
                        for name in ("config.json", "pytorch_model.bin")]
-    with pytest.raises(ValueError, match="gpt2-xl: cannot download .*config.json.* offline, put "):
-        (tmp_path / "hub" / "config.json").unlink()  # an OSError, as without a network
-        GPT.from_pretrained("gpt2-xl")
-
-
-class Explosive(str):
-    """A pickle that would make a directory of this name while it is read."""
-
-    def __reduce__(self):
-        return os.mkdir, (str(self),)
-
-
-def test_a_pickle_that_would_execute_code_is_refused(tmp_path):
-    """weights_only: a file of weights is data."""
-    gpt_for_files().save_pretrained(tmp_path)
-    torch.save({"x": Explosive(tmp_path / "boom")}, tmp_path / "pytorch_model.bin")
-    for read, path in ((GPT.from_pretrained, tmp_path),
-                       (load_checkpoint, tmp_path / "pytorch_model.bin")):
-        with pytest.raises(ValueError, match="not a readable checkpoint"):
-            read(path)
-    assert not (tmp_path / "boom").exists()
+    (tmp_path / "hub" / "config.json").unlink()  # an OSError, as without a network
+    with pytest.raises(ValueError, match="gpt2: cannot download .*config.json.*No such file.*"
+                                         "offline, put .*cache/checkpoints/gpt2$"):
+        GPT.from_pretrained("gpt2")
 
 
 def test_transformers_computes_the_same_logits(tmp_path):
-    """The original GPT-2, where it is installed."""
+    """The original GPT-2, where it is installed, of a policy; we read its file and its trunk."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    gpt, tokens = gpt_for_files(), torch.randint(11, (4, 10), generator=draws())
-    gpt.save_pretrained(tmp_path / "ours")
+    policy, tokens = ActorCritic(gpt_for_files()), torch.randint(11, (4, 10), generator=draws())
+    policy.gpt.save_pretrained(tmp_path / "ours")
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
-    close(gpt(tokens), theirs(tokens).logits, 1e-5)
+    close(policy(tokens)[0], theirs(tokens).logits, 1e-5)
     theirs.save_pretrained(tmp_path / "theirs")  # safetensors, with their config
-    again = GPT.from_pretrained(tmp_path / "theirs")
-    assert again.config == gpt.config and same(again, gpt)
+    theirs.transformer.save_pretrained(tmp_path / "trunk")  # without a prefix
+    for name in ("theirs", "trunk"):
+        again = GPT.from_pretrained(tmp_path / name)
+        assert again.config == policy.gpt.config and same(again, policy.gpt)
 
 
 def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -2234,14 +2403,12 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 # =================================================================================================
-# The program: beside the maths
+# The program: explain, and the frontier
 # =================================================================================================
-
 
 def explained(capsys, first_run, *arguments):
     """What `explain` prints: text, {column: (T,)}, tokens, which are clipped, {formula: sum}."""
-    rlhf.main(["explain", "--out_dir", str(first_run.out), *map(str, arguments)])
-    text = capsys.readouterr().out
+    text = printed(capsys, "explain", "--out_dir", first_run.out, *arguments)
     lines = text.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith(" t token"))
     names = re.split(" +", lines[at][13:].replace("log ", "log-").strip())
@@ -2320,18 +2487,15 @@ def test_explain_is_in_colour_on_a_terminal_only_and_not_where_no_color_is_set(
     monkeypatch.setenv("NO_COLOR", "1")
     assert explained(capsys, first_run, "The")[0] == plain and "\033" not in plain
     monkeypatch.delenv("NO_COLOR")
-    rlhf.main(["explain", "--out_dir", str(first_run.out), "The"])
-    coloured = capsys.readouterr().out
+    coloured = printed(capsys, "explain", "--out_dir", first_run.out, "The")
     assert re.sub(r"\033\[\d+m", "", coloured) == plain
     assert [code == "32" for code in re.findall(r"\033\[(3\d)m", coloured)] == (c["A"] > 0).tolist()
 
 
-def test_what_explain_cannot_do_is_one_line(first_run, tmp_path, capsys):
+def test_what_explain_cannot_do_is_one_line(second_run, tmp_path, capsys):
     """No run, a step that was not kept, files of another version."""
-    assert "lm.pt: no such file" in refused(capsys, "explain", "--out_dir", tmp_path)
-    assert "--step" in refused(capsys, "explain", "--step", "3")
-    assert "--step is for explain" in refused(capsys, "--step", "0")
-    out, _ = copied(first_run, tmp_path)
+    out = second_run.out
+    assert "lm.pt: no such file" in refused(capsys, "explain", "--out_dir", tmp_path / "none")
     checkpoint = load_checkpoint(out / "policy.pt")
     for key, value in (("config", {"no_such_field": 1}), ("weights", {})):
         save_checkpoint(out / "policy.pt", checkpoint | {key: value})
@@ -2342,7 +2506,7 @@ def test_what_explain_cannot_do_is_one_line(first_run, tmp_path, capsys):
 
 def test_best_of_n_is_averaged_over_all_subsets_of_n_samples():
     """E[value of the best-scored of n]: by weights, and by listing every subset."""
-    scores, values = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0)).double()
+    scores, values = normal(2, 3, 6)
     for n in (1, 2, 5, 6):
         listed = [values[row, max(subset, key=lambda i: scores[row, i])]
                   for row in range(3) for subset in itertools.combinations(range(6), n)]
@@ -2350,10 +2514,9 @@ def test_best_of_n_is_averaged_over_all_subsets_of_n_samples():
 
 
 def test_the_frontier_measures_ppo_and_best_of_n_and_goes_on_where_it_was(
-        tmp_path, monkeypatch, capsys, no_picture):
+        tmp_path, monkeypatch, capsys):
     """KL of best-of-n is log n − (n−1)/n; gains are in std of the language model; done is done."""
-    data = small_data(tmp_path / "data")
-    (data / "tokenizer.tiktoken").write_bytes((dataset.SHIPPED / "tokenizer.tiktoken").read_bytes())
+    data = small_data(tmp_path / "data", len(RANKS))
     monkeypatch.setattr(dataset, "SHIPPED", data.resolve())
     configs = [Config(**SIZES | {"ppo_iterations": 2, "kl_coef": kl_coef}, data_dir=str(data),
                       out_dir=str(tmp_path / "frontier" / "seed0")) for kl_coef in (0.0, 0.5)]
@@ -2382,10 +2545,790 @@ def test_the_frontier_measures_ppo_and_best_of_n_and_goes_on_where_it_was(
     if importlib.util.find_spec("matplotlib"):
         frontier.main(["--draw", "--out_dir", str(tmp_path)])
         assert (tmp_path / "frontier.png").read_bytes()[1:4] == b"PNG"
-    with pytest.raises(SystemExit) as caught:
-        frontier.main(["--draw", "--out_dir", str(tmp_path / "no")])
-    assert caught.value.code == 2 and capsys.readouterr().err.startswith("frontier.py: [Errno 2]")
+    assert "frontier.py: [Errno 2]" in refused(capsys, "--draw", "--out_dir", tmp_path / "no",
+                                               entry=frontier.main, program="frontier.py")
 
+
+# =================================================================================================
+# The program: the command line
+# =================================================================================================
+
+# A field, values that are refused, values at the edge that are not.
+EDGES = {"block_size": ([0, -1], []), "n_layer": ([0], [1]), "n_head": ([0, 3], [1]),
+         "n_embd": ([0, 130], []), "lm_batch_size": ([0, -4], [1]), "rm_batch_size": ([0], [1]),
+         "max_new_tokens": ([0, -1, 10**6], [1]), "ppo_batch_size": ([0, -64], []),
+         "ppo_epochs": ([0], [1]), "minibatch_size": ([0, 10**6], [1]), "eval_prompts": ([0], [1]),
+         "lm_epochs": ([-1], [0]), "rm_epochs": ([-1], [0]), "ppo_iterations": ([-1], [0]),
+         "kl_coef": ([-0.1, "nan", "inf"], [0]), "value_coef": ([-1], [0]),
+         "entropy_coef": ([-1], [0]), "lm_lr": ([-1e-3], [0]), "rm_lr": ([-1], [0]),
+         "ppo_lr": ([-1, "nan"], [0]), "temperature": ([0, -1], [0.1]), "clip": ([0, -0.2], [0.1]),
+         "value_clip": ([0], [0.1]), "max_grad_norm": ([0], [0.1]), "gamma": ([2, -0.1], [0, 1]),
+         "lam": ([2, -0.1], [0, 1]), "kl_target": ([0, -1], [0.1, "none"]),
+         "early_stop_kl": ([0, -1], [0.1, "none"]), "missing_eos_score": (["inf"], [-9, "none"]),
+         "micro_batch_size": ([0, -1], [1])}
+
+
+@pytest.mark.parametrize("field", EDGES)
+def test_a_setting_out_of_range_is_refused_in_one_line_that_names_it(capsys, field):
+    """Exit status 2 before anything is read or trained; values at the edge are accepted."""
+    bad, good = EDGES[field]
+    for value in bad:
+        assert field in refused(capsys, f"--{field}={value}", entry=rlhf.parse), value
+    for value in good:
+        _, _, config, _, _ = rlhf.parse([f"--{field}={value}"])
+        assert getattr(config, field) == (None if value == "none" else value)
+
+
+@pytest.mark.parametrize("settings, problem", [
+    *[({field: value}, f"^{field} is ") for field, value in (
+        ("n_layer", 2.0), ("n_layer", None), ("n_layer", True), ("lam", "high"), ("lam", None),
+        ("kl_target", "low"), ("out_dir", 3))],
+    *[({field: 2**31}, f"^{field} is .*less than 2")
+      for field in ("n_embd", "block_size", "ppo_iterations", "kl_coef")],
+    *[({field: 1e300}, f"^{field} is .*float32")
+      for field in ("clip", "missing_eos_score", "kl_target")],
+    (dict(block_size=20, max_new_tokens=18), "^max_new_tokens is "),
+    (dict(ppo_batch_size=8, minibatch_size=9), "^minibatch_size is "),
+    (dict(n_head=3, n_embd=13), "^n_embd is ")])
+def test_a_setting_of_the_wrong_kind_size_or_company_is_refused(settings, problem):
+    with pytest.raises(ValueError, match=problem):
+        Config(**settings)
+
+
+def test_settings_at_the_edge_and_a_field_that_was_assigned_to(first_run):
+    """What just fits is accepted; a run checks again."""
+    for fits in (dict(block_size=20, max_new_tokens=17), dict(ppo_batch_size=8, minibatch_size=8),
+                 dict(n_head=3, n_embd=12), dict(seed=-2**70), dict(kl_coef=0, kl_target=None)):
+        assert dataclasses.asdict(Config(**fits)).items() >= fits.items()
+    config = dataclasses.replace(first_run.config)
+    config.clip = 0.0
+    with pytest.raises(ValueError, match="^clip is 0.0"):
+        rlhf.run(config)
+
+
+@pytest.mark.parametrize("words, problem", [
+    ("--n_layer two", "n_layer"), ("--lam x", "lam"), ("--kl_target x", "x"), ("--nope", "--nope"),
+    ("--seed", "--seed"), ("train", "train"), ("--n_lay=1", "--n_lay"), ("run prompt", "'prompt'"),
+    ("sample", "sample needs a prompt"), ("explain --step 3", "--step"), ("--fresh ../lm", "lm"),
+    ("--step 0", "--step is for explain")])
+def test_a_command_line_that_cannot_be_read_is_refused(capsys, words, problem):
+    assert problem in refused(capsys, *words.split(), entry=rlhf.parse)
+
+
+def test_every_field_is_a_flag_with_a_line_of_help(capsys):
+    """--help lists the fields by stage, each with its comment and default."""
+    with pytest.raises(SystemExit) as caught:
+        rlhf.main(["--help"])
+    text, groups = " ".join(capsys.readouterr().out.split()), rlhf.field_groups()
+    assert caught.value.code == 0
+    assert list(groups) == ["general", "language model", "reward model", "rollout", "ppo",
+                            "evaluation"]
+    comments = dict(item for fields in groups.values() for item in fields.items())
+    assert list(comments) == [f.name for f in dataclasses.fields(Config)]
+    for name, comment in comments.items():
+        assert f"--{name}" in text and " ".join(comment.split()[:3]) in text, name
+    flags = "--lam 0.5 --data d --seed 3 --out_dir o --fresh --kl_target none".split()
+    config = Config(lam=0.5, data_dir="d", seed=3, out_dir="o", kl_target=None)
+    assert rlhf.parse(flags) == ("run", None, config, "language_model", None)
+    assert rlhf.parse(["sample", "The acting in"])[:2] == ("sample", "The acting in")
+    assert rlhf.parse([]) == ("run", None, Config(), None, None)
+    assert rlhf.parse(["--fresh", "ppo"])[3] == "ppo"
+
+
+def test_broken_input_ends_before_training_with_status_2_and_one_line(tmp_path, capsys):
+    """An unknown flag, a missing directory, a broken line: no traceback, nothing is written."""
+    out = tmp_path / "out"
+    broken = write_data(tmp_path / "broken", [GOOD_LINE, "{oops"])
+    fine = write_data(tmp_path / "fine", [GOOD_LINE])
+    for arguments, problem in ((["--data", tmp_path / "none"], "no such directory"),
+                               (["--data", broken], "preferences.jsonl:2: "),
+                               (["--data", fine, "--device", "abacus"], "device is 'abacus'"),
+                               (["--data", fine, "--n_embd", 2 * 10**9], "not enough memory"),
+                               (["sample", "The"], "lm.pt")):
+        assert problem in refused(capsys, *arguments, "--out_dir", out)
+    done = python(REPO / "rlhf.py", "--data", broken, "--out_dir", out)  # as from a shell
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("rlhf.py: ") and not out.exists()
+
+
+def test_importing_defines_and_does_nothing_else(monkeypatch, tmp_path):
+    """No line printed, no file opened to write, no generator touched."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.print", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("builtins.open", lambda *a, **k: 1 / 0)
+    before = torch.get_rng_state(), random.getstate(), torch.get_num_threads()
+    for name in ("rlhf.py", "model.py", "data/dataset.py", "data/annotator.py"):
+        assert runpy.run_path(str(REPO / name), run_name="imported")
+    assert torch.equal(torch.get_rng_state(), before[0]) and not os.listdir(tmp_path)
+    assert (random.getstate(), torch.get_num_threads()) == before[1:]
+
+
+EVALUATION_KEYS = (
+    "reward_lm reward_ppo win_rate win_rate_low win_rate_high kl ended_lm ended_ppo length_lm "
+    "length_ppo reward_model_accuracy language_model_loss seconds seconds_language_model "
+    "seconds_reward_model seconds_ppo seconds_evaluation").split()
+
+
+def test_a_run_leaves_what_the_command_line_promises(first_run):
+    """lm.pt, reward.pt, policy.pt, log.jsonl, samples.jsonl; the last record is the evaluation."""
+    out, record, config = first_run.out, first_run.record, first_run.config
+    log = dataset.read_records(out / "log.jsonl")
+    assert sorted(os.listdir(out)) == ["lm.pt", "log.jsonl", "policy.pt", "reward.pt",
+                                       "samples.jsonl"]
+    data, steps = dataset.load(first_run.data, 128, 8), {"ppo": [1, 2, 3], "evaluation": [1]}
+    for stage, n in (
+            ("language_model", math.ceil(len(data.train.documents) / config.lm_batch_size)),
+            ("reward_model", math.ceil(len(data.train.pairs) / config.rm_batch_size))):
+        steps[stage] = sorted({*range(10, n, 10), n})  # every tenth step, and the last
+    assert [(row["stage"], row["step"]) for row in log] == [
+        (stage, step) for stage in ("language_model", "reward_model", "ppo", "evaluation")
+        for step in steps[stage]]
+    assert log[-1] == {"stage": "evaluation", "step": 1, **record}
+    keys = {"ppo": PPO_KEYS, "evaluation": EVALUATION_KEYS}
+    for row in log:
+        for key in ["seconds", *keys.get(row["stage"], ["loss", "grad_norm"])]:
+            assert math.isfinite(row[key]), (row["stage"], key)
+    assert record["seconds"] == pytest.approx(sum(
+        v for k, v in record.items() if k.startswith("seconds_")))
+    assert not any(key.startswith("true") for key in record)  # not the shipped data
+    samples = dataset.read_records(out / "samples.jsonl")
+    assert [s["prompt"] for s in samples] == [data.text(p) for p in data.held_out.prompts[:6]]
+    for sample in samples:
+        assert {"prompt", "lm", "ppo", "reward_lm", "reward_ppo", "kl"} <= sample.keys()
+        assert isinstance(sample["lm"], str) and isinstance(sample["ppo"], str)
+    assert record["reward_ppo"] == pytest.approx(np.mean([s["reward_ppo"] for s in samples]))
+
+
+def test_the_figures_of_a_run_are_those_of_its_checkpoints(first_run):
+    """Loaded again: the language model's loss, the reward model's accuracy, the held-out rows."""
+    record, held = first_run.record, dataset.load(first_run.data, 128, 8).held_out
+    lm, reward, policy = [load_checkpoint(first_run.out / name) for name in rlhf.FILES.values()]
+    gpt = GPT(GPTConfig(**lm["model"]))
+    gpt.load_state_dict(lm["weights"])
+    model = RewardModel(gpt)
+    model.load_state_dict(reward["weights"])
+    assert gpt.config == GPTConfig(1024, 128, 1, 2, 16, 1023)
+    loss, accuracy = rlhf.language_model_loss(gpt, held.documents), record["reward_model_accuracy"]
+    assert record["language_model_loss"] == pytest.approx(loss)
+    assert rlhf.reward_model_accuracy(model, held.pairs) == accuracy
+    for checkpoint in (lm, reward, policy):
+        assert checkpoint["done"] and Config(**checkpoint["config"]) == first_run.config
+        assert checkpoint["state"]["step"] > 0 and "optimizer" in checkpoint["state"]
+    assert not torch.equal(policy["weights"]["gpt.wte.weight"], gpt.wte.weight)
+
+
+def test_a_second_identical_run_loads_every_stage_and_gives_the_same_figures(first_run, second_run):
+    """In a process of its own, from the command line, with the picture."""
+    done = python(REPO / "rlhf.py", *second_run.flags)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    for text in ("language_model: is loaded", "reward_model: is loaded", "ppo: is loaded",
+                 "reward_model_accuracy", "language_model_loss", "ended", "before", "after",
+                 f"{first_run.record['win_rate']:.3f}"):
+        assert text in done.stdout
+    picture = second_run.out / "curves.png"
+    if importlib.util.find_spec("matplotlib"):
+        assert picture.read_bytes()[1:4] == b"PNG"
+        picture.unlink()
+    else:
+        assert "matplotlib is not installed" in done.stdout
+    ends_as(first_run, second_run.out)
+
+
+def test_sample_prints_both_columns_with_score_and_kl(first_run, capsys):
+    """`sample PROMPT`: continuations by the language model and by the policy, side by side."""
+    given = ["sample", "The acting in", "--out_dir", first_run.out]
+    text = printed(capsys, *given)
+    lines = [line for line in text.splitlines() if "|" in line]
+    assert text.startswith("The acting in")
+    assert [side.strip() for side in lines[0].split(" | ")] == ["language model", "PPO policy"]
+    heads = [line for line in lines if "[score" in line]
+    assert len(heads) == 3 and all(line.count("[score") == line.count("KL") == 2 for line in heads)
+    assert all("KL 0.0]" in line.replace("-0.0]", "0.0]").split(" | ")[0] for line in heads)
+    assert printed(capsys, *given, "--data", first_run.data) == text
+    assert printed(capsys, *given, "--seed", "1") != text
+
+
+@pytest.mark.parametrize("name, value, loaded", [
+    ("kl_coef", 0.2, 2), ("lam", 0.9, 2), ("max_new_tokens", 7, 1), ("rm_lr", 2e-3, 1),
+    ("lm_lr", 1e-3, 0), ("seed", 1, 0), ("data", "other", 0), ("FORMAT", 0, 0),
+    ("eval_prompts", 5, 3), ("device", "auto", 3)])
+def test_a_changed_setting_refuses_the_stages_that_depend_on_it(first_run, monkeypatch, name, value,
+                                                                loaded):
+    """--kl_coef changed: the language model and the reward model are loaded, PPO's is not."""
+    config, data = first_run.config, dataset.load(first_run.data, 128, 8)
+    if name == "data":
+        data, said = dataclasses.replace(data, fingerprint=value), "other data"
+    elif name == "FORMAT":
+        monkeypatch.setattr(rlhf, "FORMAT", value)
+        said = "another version of this program"
+    else:
+        said = f"{name} {getattr(config, name)}, now {value}"
+        config = dataclasses.replace(config, **{name: value})
+    for i, stage in enumerate(rlhf.FILES):
+        if i < loaded:
+            assert rlhf.find_checkpoint(stage, config, data)["done"]
+            continue
+        with pytest.raises(ValueError) as caught:
+            rlhf.find_checkpoint(stage, config, data)
+        assert f".pt was made with {said}: --fresh {stage} starts over" in str(caught.value)
+
+
+def test_a_changed_kl_coefficient_asks_before_it_trains_ppo_anew(first_run, second_run, capsys):
+    """From the command line; and --fresh starts over, to the same weights as the first time."""
+    out, flags = second_run.out, second_run.flags
+    line = refused(capsys, *flags, "--kl_coef", "0.7")
+    was = first_run.config.kl_coef
+    assert f"policy.pt was made with kl_coef {was}, now 0.7" in line and "--fresh ppo" in line
+    ends_as(first_run, out)
+    text = printed(capsys, *flags, "--kl_coef", "0.7", "--fresh", "ppo")
+    assert "language_model: is loaded" in text and "reward_model: is loaded" in text
+    assert "ppo: is loaded" not in text
+    assert not same(weights(out), weights(first_run.out))
+    assert [row["stage"] for row in timeless(out)] == [row["stage"] for row in timeless(
+        first_run.out)]
+    assert "is loaded" not in printed(capsys, *flags, "--fresh")
+    ends_as(first_run, out)
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(path.read_bytes()[:1000]),
+                                   lambda path: path.write_bytes(b""), lambda path: path.unlink()],
+                         ids=["cut", "empty", "gone"])
+def test_a_checkpoint_that_is_cut_short_starts_its_stage_anew_unless_others_build_on_it(
+        first_run, second_run, capsys, spoil):
+    """The reason is said; where later stages would be lost with it, --fresh is asked for."""
+    out = second_run.out
+    spoil(out / "lm.pt")
+    line = refused(capsys, *second_run.flags)
+    assert "lm.pt: no" in line and "reward.pt builds on it: --fresh language_model" in line
+    shutil.copy(first_run.out / "lm.pt", out)
+    spoil(out / "policy.pt")
+    gone = not (out / "policy.pt").exists()
+    text = printed(capsys, *second_run.flags)
+    assert gone != ("ppo: starts anew, " in text and "not a readable checkpoint" in text)
+    assert "reward_model: is loaded" in text and "ppo: is loaded" not in text
+    ends_as(first_run, out)
+
+
+def test_a_run_that_was_interrupted_ends_bit_identical(first_run, tmp_path, capsys):
+    """Stopped again and again, in every stage: the same weights, the same log, the same figures."""
+    config = dataclasses.replace(first_run.config, out_dir=str(tmp_path / "out"))
+    stopped = set()
+    for limit in (5, 1, 9, 4, 1, 99):  # it is asked once a step: 14 of them, 9, and 3
+        calls = itertools.count()
+        try:
+            rlhf.run(config, interrupted=lambda: next(calls) >= limit)
+        except KeyboardInterrupt:
+            stopped.add(len(list((tmp_path / "out").glob("*.pt"))))
+    assert stopped == {1, 2, 3}  # it was stopped in each stage
+    assert "ppo: goes on at" in capsys.readouterr().out
+    ends_as(first_run, tmp_path / "out")
+
+
+def test_a_run_that_was_killed_before_a_checkpoint_ends_bit_identical(first_run, second_run,
+                                                                      monkeypatch):
+    """None is saved within SAVE_EVERY seconds; what was logged without one is logged again."""
+    monkeypatch.setattr(rlhf, "SAVE_EVERY", time.perf_counter())
+    (second_run.out / "policy.pt").unlink()
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(rlhf, "collect", failing_at(3, MemoryError(), rlhf.collect))
+        rlhf.run(second_run.config)
+    assert not (second_run.out / "policy.pt").exists()
+    dataset.append_record(second_run.out / "log.jsonl", {"stage": "ppo", "step": 9})
+    rlhf.run(second_run.config)
+    ends_as(first_run, second_run.out)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, capsys):
+    """A first Ctrl-C ends the step and saves; main says that the same command goes on."""
+    def pressed(config, fresh, interrupted):
+        assert config == Config(seed=3) and fresh == "ppo" and not interrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rlhf, "run", pressed)
+    with pytest.raises(SystemExit, match="130"):
+        rlhf.main(["--seed", "3", "--fresh", "ppo"])
+    assert capsys.readouterr().err == (
+        "\nstopped; the same command without --fresh goes on from the last checkpoint\n")
+    for presses in (1, 2):  # what ends no step leaves after a second, or at the second press
+        def busy(config, fresh, interrupted):
+            for _ in range(presses):
+                os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(3000):
+                time.sleep(0.01)
+
+        monkeypatch.setattr(rlhf, "run", busy)
+        with pytest.raises(SystemExit) as caught:
+            rlhf.main([])
+        assert caught.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+
+
+def test_the_shipped_data_are_judged_by_the_true_reward(first_run, tmp_path, monkeypatch):
+    """true_reward of both sides, the ceiling of noisy labels, the true reward logged in PPO."""
+    copy = small_data(tmp_path / "shipped", len(RANKS))
+    monkeypatch.setattr(dataset, "SHIPPED", copy.resolve())
+    record = rlhf.run(dataclasses.replace(first_run.config, data_dir=str(copy), ppo_iterations=1,
+                                          out_dir=str(tmp_path / "out")))
+    samples = dataset.read_records(tmp_path / "out" / "samples.jsonl")
+    for side in ("lm", "ppo"):
+        true = [annotator.true_reward(sample["prompt"], sample[side]) for sample in samples]
+        assert [s[f"true_reward_{side}"] for s in samples] == pytest.approx(true, abs=1e-4)
+        assert record[f"true_reward_{side}"] == pytest.approx(np.mean(true), abs=1e-4)
+    assert record["true_reward_std_lm"] > 0
+    data = dataset.load(copy, 128, 8)
+    right = [annotator.true_reward(x, w) > annotator.true_reward(x, l)
+             for x, w, l in (map(data.text, pair) for pair in data.held_out.pairs)]
+    assert record["reward_model_ceiling"] == pytest.approx(np.mean(right))
+    ppo = [r for r in dataset.read_records(tmp_path / "out" / "log.jsonl") if r["stage"] == "ppo"]
+    assert len(ppo) == 1 and math.isfinite(ppo[0]["true_reward"])
+
+
+def test_progress_is_one_line_on_a_terminal_and_plain_lines_in_a_file(capsys, monkeypatch):
+    """With rate and time left: step 30 of 40 after 6 s is 5 a second and 2 s to go."""
+    for step in range(1, 41):
+        rlhf.show_progress("language_model", step, 40, step / 5, {"loss": 1.25})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and not any("\r" in line for line in lines)
+    assert lines[-1].startswith("language_model 40/40") and "loss 1.25" in lines[0]
+    rlhf.show_progress("ppo", 30, 40, 6.0, {"kl": 0.5, "rollout_tokens_per_s": 1234.5})
+    line = capsys.readouterr().out
+    assert line.startswith("ppo 30/40") and line.endswith("\n")
+    assert "5.0/s" in line and "2 s left" in line and "1,234" in line
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "30")
+    for step in (1, 2, 40):
+        rlhf.show_progress("reward_model", step, 40, step / 5, {"loss": 1.25})
+    text = capsys.readouterr().out
+    assert text.count("\n") == 1 and text.endswith("\n")
+    assert [len(line.strip("\n")) for line in text.split("\r\033[K")] == [0, 29, 29, 29]
+
+
+def test_the_summary_shows_samples_by_the_reward_that_judges(tmp_path, capsys, monkeypatch):
+    """Five samples before and after, at most 100 columns wide, then the figures of both sides."""
+    samples = [{"prompt": f"Film {i}", "lm": " word" * 60, "ppo": " good.", "reward_lm": 1.5,
+                "reward_ppo": 2.5, "true_reward_lm": -3.25, "true_reward_ppo": 4.75}
+               for i in range(7)]
+    record = {"reward_lm": 1.5, "reward_ppo": 2.5, "true_reward_lm": -3.25, "kl": 6.125,
+              "true_reward_ppo": 4.75, "true_reward_std_lm": 0.875, "win_rate": 1.0}
+    monkeypatch.setenv("COLUMNS", "300")
+    rlhf.summarize(record, samples, tmp_path)
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert 90 < max(map(len, lines[:-1])) <= 100 and "Film 4| good." in text
+    assert text.count("before  -3.25  Film") == text.count("after  +4.75  Film") == 5
+    rows = [" ".join(line.split()) for line in lines]
+    for row in ("reward 1.500 2.500", "true_reward -3.250 4.750", "kl 6.125",
+                "true_reward_std_lm 0.875", "win_rate 1.000"):
+        assert rows.count(row) == 1, row
+    assert "reward_ppo" not in text and str(tmp_path) in lines[-1]
+    rlhf.summarize({"reward_lm": 1.5, "reward_ppo": 2.5}, samples, tmp_path)
+    assert "before  +1.50  Film" in capsys.readouterr().out
+
+
+def test_a_device_that_is_not_there_is_named():
+    """auto takes the best there is; another name is checked before training."""
+    assert rlhf.pick_device("cpu") == torch.device("cpu")
+    best = "cuda" if torch.cuda.is_available() else (
+        "mps" if torch.backends.mps.is_available() else "cpu")
+    assert rlhf.pick_device("auto").type == best
+    with pytest.raises(ValueError, match="^device is 'abacus': "):
+        rlhf.pick_device("abacus")
+
+
+# =================================================================================================
+# The program: starting from GPT-2, and the reader as the human
+# =================================================================================================
+
+def tiny_bpe(name="gpt2"):
+    """The shipped tokenizer, where GPT-2's would need a download and a hundred times the logits."""
+    shipped = dataset.read_tokenizer(dataset.SHIPPED / "tokenizer.tiktoken")
+    shipped.name = name
+    return shipped
+
+
+def save_tiny_gpt2(directory, seed=0, vocab=1024, context=96):
+    config = GPTConfig(vocab, context, 1, 2, 16, 3)
+    GPT(config, draws(seed)).save_pretrained(directory)
+    return str(directory)
+
+
+def test_init_starts_from_weights_with_their_sizes_and_tokenizer(tmp_path, monkeypatch, capsys):
+    """A run from a random checkpoint; `sample` on it; other weights are not taken for these."""
+    monkeypatch.setattr(dataset.tiktoken, "get_encoding", tiny_bpe)
+    data = write_data(tmp_path / "data", [pair(f"p{i} the", " good", f" bad {i}")
+                                          for i in range(12)], ranks=1)  # of no use: it is not read
+    settings = SIZES | dict(init=save_tiny_gpt2(tmp_path / "a"), data_dir=str(data), lm_epochs=0,
+                            block_size=8, out_dir=str(tmp_path / "out"), ppo_iterations=1)
+    config = Config(**settings)  # its block_size would leave no room; it is not used
+    lm, data, used = rlhf.starting_point(config)
+    assert lm.config == GPTConfig(1024, 96, 1, 2, 16, 1023)  # the tokenizer's end token
+    assert same(lm, GPT.from_pretrained(config.init))
+    assert (used.block_size, used.n_layer, used.n_head, used.n_embd) == (96, 1, 2, 16)
+    assert any("tokenizer.tiktoken is not used" in note for note in data.notes)
+    rlhf.run(config)
+    saved = load_checkpoint(tmp_path / "out" / "lm.pt")
+    assert same(saved["weights"], lm)  # no epoch: as they were
+    assert Config(**saved["config"]) == used
+    assert "PPO policy" in printed(capsys, "sample", "the", "--out_dir", config.out_dir)
+    moved = dataclasses.replace(used, init=save_tiny_gpt2(tmp_path / "same"), n_embd=4)
+    _, data, moved = rlhf.starting_point(moved)
+    settings = rlhf.stage_settings(used, data, "language_model")
+    assert saved["settings"] == settings == rlhf.stage_settings(moved, data, "language_model")
+    _, data, _ = rlhf.starting_point(
+        dataclasses.replace(used, init=save_tiny_gpt2(tmp_path / "same", seed=1)))
+    settings = rlhf.stage_settings(used, data, "language_model")
+    assert [k for k in settings if settings[k] != saved["settings"][k]] == ["init"]
+
+
+def test_what_cannot_start_from_weights_is_one_line(tmp_path, monkeypatch, capsys):
+    """Another vocabulary, too short a context, no such directory, a tokenizer out of reach."""
+    data = write_data(tmp_path / "data", [GOOD_LINE])
+    monkeypatch.setattr(dataset.tiktoken, "get_encoding", tiny_bpe)
+
+    def answer(init, *more):
+        return refused(capsys, "--init", init, "--data", data, "--out_dir", tmp_path / "o", *more)
+
+    assert "no config.json" in answer(tmp_path / "none")
+    assert "vocabulary of 999 tokens, expected the 1,024" in answer(
+        save_tiny_gpt2(tmp_path / "v", vocab=999))
+    tiny = save_tiny_gpt2(tmp_path / "a", context=20)
+    assert "at most 17" in answer(tiny, "--max_new_tokens", "18")
+
+    monkeypatch.setattr(dataset.tiktoken, "get_encoding", failing_at(1, ConnectionError()))
+    line = answer(tiny, "--max_new_tokens", "9")
+    for name in ("vocab.bpe", "encoder.json"):  # tiktoken's name of a cached file
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        assert f"{name} as {hashlib.sha1(url.encode()).hexdigest()}" in line
+    assert "TIKTOKEN_CACHE_DIR" in line and not (tmp_path / "o").exists()
+
+
+def test_gpt2s_own_tokenizer_is_read_from_a_cache(monkeypatch):
+    """The names in that line are the right ones: the files lie in an optional directory."""
+    if not (SHARED / "tiktoken_gpt2").is_dir():
+        pytest.skip("optional data tiktoken_gpt2 is not there")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_gpt2"))
+    encoding = dataset.tokenizer_of(None, init="gpt2")
+    assert encoding.eot_token == 50256 and encoding.n_vocab == 50257
+    assert encoding.encode_ordinary("Hello world") == [15496, 995]
+
+
+@contextlib.contextmanager
+def piped(keys):
+    """The end of a pipe from which these keys are read."""
+    read, write = os.pipe()
+    os.write(write, keys)
+    os.close(write)
+    try:
+        yield read
+    finally:
+        os.close(read)
+
+
+def read_rows(directory):
+    return list(dataset.read_pairs(directory / "preferences.jsonl"))
+
+
+def ask(first_run, directory, keys):
+    """A sitting of data/label.py whose keys come through a pipe; the rows that it leaves."""
+    with piped(keys) as fd:
+        label.label(first_run.out, directory, fd)
+    return read_rows(directory)
+
+
+def test_label_appends_each_answer_and_undoes_the_last(first_run, tmp_path, capsys, monkeypatch):
+    """left, right, skip, undo, quit: as letters or arrows, with or without line ends."""
+    monkeypatch.setenv("COLUMNS", "70")
+    rows = ask(first_run, tmp_path / "a", b"l\nr\nq\nl")
+    shown = capsys.readouterr().out
+    assert len(rows) == 2 and f"2 answers in {tmp_path / 'a'}" in shown
+    assert all(len(line) <= 70 for line in shown.splitlines()[:-1])
+    assert all(x in shown and w != l for x, w, l in rows)
+    other = ask(first_run, tmp_path / "b", b"\x1b[C?\x1b[D")  # the other way, ended by the pipe
+    assert other == [(x, l, w) for x, w, l in rows]  # the same questions, other answers
+    capsys.readouterr()
+    # Undo asks the undone pair again, then the one that was on the screen.
+    again = ask(first_run, tmp_path / "c", b"lsulu" + b"url" + b"q")
+    shown = re.split(r"l left .*\n→ .*\n", capsys.readouterr().out)  # between the answers
+    first, second, third, fourth, fifth, sixth, seventh, *_ = map(str.strip, shown)
+    assert first == fourth == sixth and third == fifth and len({first, second, third}) == 3
+    assert seventh.startswith("nothing of this sitting to undo") and seventh.endswith(first)
+    assert again[0] == other[0] and len(again) == 2
+    raw = (tmp_path / "c" / "preferences.jsonl").read_text("utf-8").splitlines()
+    assert [list(json.loads(line)) for line in raw] == [["prompt", "chosen", "rejected"]] * 2
+
+
+def test_the_side_that_was_chosen_is_the_chosen_one(tmp_path):
+    """l takes the left text, r the right one; an answer is in the file before the next question."""
+    def pairs():
+        for i in range(2):
+            assert len(path.read_text("utf-8").splitlines()) == i
+            yield f"p{i}", ["on the left", "on the right"], [False, False]
+
+    path = tmp_path / "preferences.jsonl"
+    with piped(b"lr") as fd, open(path, "ab", buffering=0) as file:
+        assert label.sitting(file, pairs(), fd) == 2
+    assert read_rows(tmp_path) == [("p0", "on the left", "on the right"),
+                                   ("p1", "on the right", "on the left")]
+
+
+def test_label_asks_no_pair_twice_and_goes_on_after_a_torn_end(first_run, tmp_path, capsys,
+                                                               monkeypatch):
+    """Across sittings; a last line without its end is completed before the next."""
+    rows = ask(first_run, tmp_path, b"llll")
+    path = tmp_path / "preferences.jsonl"
+    path.write_bytes(path.read_bytes().removesuffix(b"\n"))
+    seeded = rlhf.seeded  # the second sitting draws what the first one drew
+    monkeypatch.setattr(rlhf, "seeded", lambda seed, stage, step: seeded(seed, stage, step - 4))
+    assert len(rows) == 4 and ask(first_run, tmp_path, b"q") == rows
+    both = ask(first_run, tmp_path, b"rrrr")
+    assert f"8 answers in {path}" in capsys.readouterr().out
+    assert both[:4] == rows and len({(x, *sorted((w, l))) for x, w, l in both}) == 8
+
+
+def test_label_undoes_nothing_that_another_wrote(first_run, tmp_path, capsys, monkeypatch):
+    """A line that came behind the last answer stays, and so does the answer."""
+    path, read_key = tmp_path / "preferences.jsonl", label.read_key
+
+    def key(fd):
+        name = read_key(fd)
+        if name == "undo":
+            dataset.append_record(path, pair("x", "y", "z"))
+        return name
+
+    monkeypatch.setattr(label, "read_key", key)
+    rows = ask(first_run, tmp_path, b"lu")
+    assert len(rows) == 2 and rows[1] == ("x", "y", "z")
+    assert "nothing of this sitting to undo" in capsys.readouterr().out
+
+
+def test_a_directory_of_labels_is_a_data_directory(first_run, tmp_path):
+    """The corpus, prompts and tokenizer of the run stand beside the answers: `--data` trains."""
+    labels = tmp_path / "labels"
+    rows = ask(first_run, labels, b"lrlrlrlr")
+    mine, theirs = (dataset.load(path, 128, 8) for path in (labels, first_run.data))
+    pairs = mine.train.pairs + mine.held_out.pairs  # so few may stand on both sides
+    assert len(set(map(str, pairs))) == len(rows) == 8
+    assert mine.train.prompts == theirs.train.prompts
+    assert mine.train.documents + mine.held_out.documents
+    corpus = labels / "corpus.txt"
+    assert corpus.read_bytes() == (first_run.data / "corpus.txt").read_bytes()
+    corpus.write_text("mine")
+    ask(first_run, labels, b"q")
+    assert corpus.read_text() == "mine"  # nothing is written over
+    data = SimpleNamespace(train=SimpleNamespace(prompts=["a b", "two\nlines"]),
+                           held_out=SimpleNamespace(prompts=[" "]), text=lambda prompt: prompt)
+    source = write_data(tmp_path / "source", [GOOD_LINE], len(RANKS))
+    for init in (None, "gpt2"):
+        (tmp_path / str(init)).mkdir()
+        label.complete(tmp_path / str(init), Config(data_dir=str(source), init=init), data)
+        assert (tmp_path / str(init) / "prompts.txt").read_text("utf-8") == "a b\n"
+        assert (tmp_path / str(init) / "tokenizer.tiktoken").exists() == (init is None)
+
+
+def test_label_shows_no_control_character_and_marks_a_cut(capsys, monkeypatch):
+    """Side by side to the terminal's width; a prompt of several lines keeps them."""
+    monkeypatch.setenv("COLUMNS", "40")
+    label.show("one\ntwo", ["left \x1b[31m" + "word " * 9, "right"], [False, True])
+    text = capsys.readouterr().out
+    assert "\x1b" not in text and "one\ntwo\n" in text and "…right […]" in text
+    assert max(map(len, text.splitlines()[:-1])) <= 40 and text.count(" | ") == 4
+
+
+def test_a_terminal_gives_single_keys_and_gets_its_settings_back(first_run, tmp_path):
+    """On a pseudo-terminal: no line end is needed, nothing is echoed, also when stopped."""
+    termios, pty = pytest.importorskip("termios"), pytest.importorskip("pty")
+    master, terminal = pty.openpty()
+    before = termios.tcgetattr(terminal)
+    for keys in (b"rlq", None):
+        with contextlib.suppress(KeyboardInterrupt), label.single_keys(terminal):
+            flags = termios.tcgetattr(terminal)[3]
+            assert not flags & termios.ICANON and not flags & termios.ECHO
+            assert flags & termios.ISIG  # Ctrl-C still interrupts
+            if keys is None:
+                raise KeyboardInterrupt
+            os.write(master, keys)
+            assert [label.read_key(terminal) for _ in keys] == ["right", "left", "quit"]
+        assert termios.tcgetattr(terminal) == before
+    os.close(master)
+    os.close(terminal)
+
+
+def test_what_label_cannot_do_is_one_line(first_run, tmp_path, capsys, monkeypatch):
+    """A file that cannot be appended to, no model, a broken file, a full disk: status 2."""
+    (tmp_path / "dir" / "preferences.jsonl").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    broken = write_data(tmp_path / "broken", ["{oops"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "lm.pt").write_bytes((first_run.out / "lm.pt").read_bytes()[:999])
+    for arguments, problem in (
+            (["--data", tmp_path / "dir"], "cannot append to .*not a file"),
+            (["--data", tmp_path / "file"], "cannot append to .*File exists"),
+            (["--data", broken], "preferences.jsonl:1: not JSON"),
+            (["--data", dataset.SHIPPED], "the shipped data"),
+            (["--out-dir", tmp_path / "none"], "lm.pt: no such file"),
+            (["--out_dir", tmp_path / "out"], "not a readable checkpoint"), (["--nope"], "--nope")):
+        line = refused(capsys, "--out_dir", first_run.out, "--data", tmp_path / "new", *arguments,
+                       entry=label.main, program="label.py")
+        assert re.search(problem, line), line
+    assert not (tmp_path / "new").exists()
+    with open(tmp_path / "full", "ab", buffering=0) as file:
+        label.append(file, b"whole\n")
+        full = SimpleNamespace(name=file.name, seek=file.seek, truncate=file.truncate,
+                               write=lambda line: file.write(line[:3]))  # room for three bytes
+        with pytest.raises(OSError, match="no room"):
+            label.append(full, b"another\n")
+    assert (tmp_path / "full").read_bytes() == b"whole\n"
+
+
+def test_label_runs_as_a_script(first_run, tmp_path):
+    done = python(REPO / "data" / "label.py", "--out-dir", first_run.out, "--data", tmp_path,
+                  input="l\nr\n", cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr and len(read_rows(tmp_path)) == 2
+
+
+# =================================================================================================
+# The program: nothing is lost and nothing gets in
+# =================================================================================================
+
+def run_and_die(config, owner, name, when, spoil=lambda *_: None):
+    """Run in a forked process, which kills itself, as kill -9 does, in a call of owner.name: at the
+    first for which when(number of the call, *arguments). Returns the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        real, calls = getattr(owner, name), itertools.count(1)
+
+        def mortal(*arguments):
+            if when(next(calls), *arguments):
+                spoil(*arguments)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments)
+
+        setattr(owner, name, mortal)
+        try:
+            rlhf.run(config)
+        finally:
+            os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+
+def deaths():
+    """Of each stage the first, middle and last part, and a checkpoint's write; then what else is
+    written: the log, cut back and added to, and the samples."""
+    for stage in rlhf.FILES:
+        for share in (0, 0.5, 1):
+            yield rlhf, "show_progress", lambda n, at, step, steps, *_, stage=stage, share=share: (
+                at == stage and step >= share * steps)
+            if share == 0:  # its first checkpoint of this run, half written
+                yield os, "fsync", lambda n, file: n == 1, lambda file: os.ftruncate(file, 1000)
+    yield os, "replace", lambda n, *_: n == 1  # the log, cut back to the checkpoint
+    yield rlhf, "evaluate", lambda n, *_: n == 1
+    yield dataset, "append_record", lambda n, *_: n == 1, lambda path, row: path.write_bytes(
+        path.read_bytes() + json.dumps(row).encode()[:40])
+    yield dataset, "write_records", lambda n, *_: n == 1
+
+
+def die_again_and_again(out, data):
+    """Every death in turn in one folder, then a run to the end. Prints the number of deaths."""
+    rlhf.SAVE_EVERY, curves.draw, count = 0, lambda out: "", 0
+    config = Config(**SIZES, data_dir=data, out_dir=out)
+    rlhf.make_optimizer(torch.nn.Linear(1, 1), 0.1)  # imports the rest of torch, once for all
+    for death in deaths():
+        assert run_and_die(config, *death) == signal.SIGKILL
+        count += 1
+        for path in Path(out).glob("*.pt"):
+            load_checkpoint(path)
+    assert run_and_die(config, rlhf, "run", lambda *_: False) == 0
+    print(f"deaths: {count}")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_no_kill_at_any_moment_changes_what_a_run_leaves(first_run, tmp_path):
+    """Killed 16 times in one folder: weights, log and samples are those of an undisturbed run."""
+    code = "import sys, test_rlhf; test_rlhf.die_again_and_again(*sys.argv[1:])"
+    done = python("-c", code, tmp_path / "out", first_run.data)  # forks before any thread starts
+    assert done.returncode == 0 and "deaths: 16\n" in done.stdout, done.stderr
+    ends_as(first_run, tmp_path / "out")
+
+
+def test_no_two_runs_write_to_one_folder(second_run, capsys):
+    pytest.importorskip("fcntl")
+    out, flags = second_run.out, second_run.flags
+    with dataset.locked(out):
+        assert f"{out}: another run is writing there" in refused(capsys, *flags, "--fresh")
+        assert (out / "policy.pt").exists()
+    printed(capsys, *flags)
+    with pytest.raises(MemoryError), dataset.locked(out):
+        raise MemoryError
+    with dataset.locked(out):
+        pass
+
+
+def test_no_full_disk_or_unwritable_folder_costs_more_than_a_line(second_run, tmp_path, capsys,
+                                                                  monkeypatch):
+    """One line names the place; the last good checkpoint is readable, nothing half is left."""
+    out, flags = second_run.out, second_run.flags
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(rlhf, "SAVE_EVERY", 0)
+    monkeypatch.setattr(os, "fsync", failing_at(2, full))
+    line = refused(capsys, *flags, "--fresh", "ppo")
+    assert str(out) in line and full.strerror in line
+    assert load_checkpoint(out / "policy.pt")["state"]["step"] == 1
+    assert not list(out.glob("*.tmp"))
+    monkeypatch.setattr(Path, "write_bytes", failing_at(1, full))
+    assert full.strerror in refused(capsys, *flags)
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("not a directory")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert f"rlhf.py: {place}: " in refused(capsys, *flags, "--out_dir", place)
+
+
+class Explosive(str):
+    """A pickle that would make a directory of this name while it is read."""
+
+    def __reduce__(self):
+        return os.mkdir, (str(self),)
+
+
+def test_no_code_in_a_file_of_weights_runs(first_run, tmp_path, capsys):
+    """A pickle that would make a directory is refused; where it is lm.pt, its stage starts."""
+    gpt_for_files().save_pretrained(tmp_path)
+    for name in ("pytorch_model.bin", "lm.pt"):
+        torch.save({"settings": Explosive(tmp_path / "boom")}, tmp_path / name)
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        GPT.from_pretrained(tmp_path)
+    config = dataclasses.replace(first_run.config, out_dir=str(tmp_path))
+    data = dataset.load(first_run.data, 128, 8)
+    assert rlhf.find_checkpoint("language_model", config, data) is None
+    assert "starts anew" in capsys.readouterr().out and not (tmp_path / "boom").exists()
+    for foreign in ([1, 2], {"weights": {}}):  # readable, and not ours: not to be overwritten
+        torch.save(foreign, tmp_path / "lm.pt")
+        with pytest.raises(ValueError, match="another version of this program.*--fresh"):
+            rlhf.find_checkpoint("language_model", config, data)
+
+
+def test_no_weight_that_is_not_finite_is_saved(second_run, capsys):
+    """A last step that overflows is followed by no loss that would tell; the stage says so."""
+    line = refused(capsys, *second_run.flags, "--rm_lr", "9e37", "--rm_batch_size", "1000",
+                   "--fresh", "reward_model")
+    assert "reward_model: a weight is not finite" in line
+    assert not (second_run.out / "policy.pt").exists()
+
+
+def test_no_data_are_too_small(tmp_path):
+    """One pair of one-token answers, a rank a byte, batches of one, the shortest context."""
+    directory = write_data(tmp_path / "data", [pair("", "a", "b")], ranks=256, corpus="x\ny\nz",
+                           prompts="p")
+    ones = dict.fromkeys(("lm_batch_size", "rm_batch_size", "ppo_batch_size", "minibatch_size",
+                          "ppo_epochs", "eval_prompts", "max_new_tokens", "n_head", "n_embd"), 1)
+    record = rlhf.run(Config(**SIZES | ones | {"block_size": 4}, data_dir=str(directory),
+                             out_dir=str(tmp_path / "out")))
+    assert all(math.isfinite(value) for value in record.values())
+
+
+# =================================================================================================
+# The program: what the README says of it
+# =================================================================================================
 
 LINE_LINK = re.compile(r"\[`(\w+)`\]\(([\w./]+\.py)#L(\d+)\)")  # [`gae`](rlhf.py#L300)
 FILE = re.compile(r"[\w/*-]*\w\.(?:py|md|jsonl?|txt|tiktoken|png|pt|bin|safetensors)\b")
@@ -2497,923 +3440,24 @@ def test_the_readme_follows_the_lecture_and_its_equations_are_closed():
         assert section.count("```") % 2 == 0, title
 
 
-def test_importing_defines_and_does_nothing_else(monkeypatch, tmp_path):
-    """No line printed, no file opened to write, no generator touched."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("builtins.print", lambda *a, **k: 1 / 0)
-    monkeypatch.setattr("builtins.open", lambda *a, **k: 1 / 0)
-    before = torch.get_rng_state(), random.getstate(), torch.get_num_threads()
-    for name in ("rlhf.py", "model.py", "data/dataset.py", "data/annotator.py"):
-        assert runpy.run_path(str(REPO / name), run_name="imported")
-    assert torch.equal(torch.get_rng_state(), before[0]) and not os.listdir(tmp_path)
-    assert (random.getstate(), torch.get_num_threads()) == before[1:]
-
-
-def test_the_notebook_lines_of_the_readme_train_what_a_run_trains(first_run, monkeypatch, capsys):
-    """The very lines, under a Config of reduced size: the weights are those of `rlhf.py`."""
-    section = (REPO / "README.md").read_text("utf-8").split("## From a notebook")[1]
-    lines = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
-    monkeypatch.setattr(rlhf, "Config", lambda **given: dataclasses.replace(
-        first_run.config, out_dir="nowhere", **given))
-    names = {}
-    exec(lines, names)
-    for name, file in (("lm", "lm.pt"), ("reward_model", "reward.pt"), ("policy", "policy.pt")):
-        assert same(names[name].state_dict(), weights(first_run.out, file)), name
-    assert len(names["history"]) == 3 and not (REPO / "nowhere").exists()
-    assert names["record"]["win_rate"] == first_run.record["win_rate"]
-    assert capsys.readouterr().out.startswith(str(names["record"]["win_rate"]))
-
-
-# =================================================================================================
-# The program: the command line
-# =================================================================================================
-
-@pytest.fixture(autouse=True)
-def keep_the_signal_handler():
-    """main() takes Ctrl-C over; the tests after it want theirs back."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def refused(capsys, *arguments, entry=rlhf.main):
-    """It ends with status 2 and one line on stderr, which is returned."""
-    with pytest.raises(SystemExit) as caught:
-        entry([str(a) for a in arguments])
-    output = capsys.readouterr()
-    assert caught.value.code == 2, (caught.value.code, output.err)
-    assert output.err.count("\n") == 1 and output.err.startswith("rlhf.py: "), output.err
-    return output.err
-
-
-# A field, values that are refused, values at the edge that are not.
-EDGES = {"block_size": ([0, -1], []), "n_layer": ([0], [1]), "n_head": ([0, 3], [1]),
-         "n_embd": ([0, 130], []), "lm_batch_size": ([0, -4], [1]), "rm_batch_size": ([0], [1]),
-         "max_new_tokens": ([0, -1, 10**6], [1]), "ppo_batch_size": ([0, -64], []),
-         "ppo_epochs": ([0], [1]), "minibatch_size": ([0, 10**6], [1]), "eval_prompts": ([0], [1]),
-         "lm_epochs": ([-1], [0]), "rm_epochs": ([-1], [0]), "ppo_iterations": ([-1], [0]),
-         "kl_coef": ([-0.1, "nan", "inf"], [0]), "value_coef": ([-1], [0]),
-         "entropy_coef": ([-1], [0]), "lm_lr": ([-1e-3], [0]), "rm_lr": ([-1], [0]),
-         "ppo_lr": ([-1, "nan"], [0]), "temperature": ([0, -1], [0.1]), "clip": ([0, -0.2], [0.1]),
-         "value_clip": ([0], [0.1]), "max_grad_norm": ([0], [0.1]), "gamma": ([2, -0.1], [0, 1]),
-         "lam": ([2, -0.1], [0, 1]), "kl_target": ([0, -1], [0.1, "none"]),
-         "early_stop_kl": ([0, -1], [0.1, "none"]), "missing_eos_score": (["inf"], [-9, "none"]),
-         "micro_batch_size": ([0, -1], [1])}
-
-
-@pytest.mark.parametrize("field", EDGES)
-def test_a_setting_out_of_range_is_refused_in_one_line_that_names_it(capsys, field):
-    """Exit status 2 before anything is read or trained; values at the edge are accepted."""
-    bad, good = EDGES[field]
-    for value in bad:
-        assert field in refused(capsys, f"--{field}={value}", entry=rlhf.parse), value
-    for value in good:
-        _, _, config, _, _ = rlhf.parse([f"--{field}={value}"])
-        assert getattr(config, field) == (None if value == "none" else value)
-
-
-def test_settings_of_the_wrong_kind_are_refused(capsys):
-    """In code as on the command line: ValueError, or one line."""
-    for field, value in (("n_layer", 2.0), ("n_layer", None), ("n_layer", True), ("lam", "high"),
-                         ("kl_target", "low"), ("out_dir", 3), ("lam", None)):
-        with pytest.raises(ValueError, match=f"^{field} is "):
-            Config(**{field: value})
-    for fits, more in ((dict(block_size=20, max_new_tokens=17), dict(max_new_tokens=18)),
-                       (dict(ppo_batch_size=8, minibatch_size=8), dict(minibatch_size=9)),
-                       (dict(n_head=3, n_embd=12), dict(n_embd=13))):
-        assert Config(**fits, kl_coef=0, kl_target=None).kl_coef == 0
-        with pytest.raises(ValueError, match=f"^{list(more)[0]} is "):
-            Config(**fits | more)
-    for words, problem in (("--n_layer two", "n_layer"), ("--lam x", "lam"), ("--kl_target x", "x"),
-                           ("--nope", "--nope"), ("--seed", "--seed"), ("train", "train"),
-                           ("--n_lay=1", "--n_lay"), ("sample", "sample needs a prompt"),
-                           ("run prompt", "'prompt'")):
-        assert problem in refused(capsys, *words.split(), entry=rlhf.parse)
-
-
-def test_every_field_is_a_flag_with_a_line_of_help(capsys):
-    """--help lists the fields by stage, each with its comment and default."""
-    with pytest.raises(SystemExit) as caught:
-        rlhf.main(["--help"])
-    text, groups = " ".join(capsys.readouterr().out.split()), rlhf.field_groups()
-    assert caught.value.code == 0
-    assert list(groups) == ["general", "language model", "reward model", "rollout", "ppo",
-                            "evaluation"]
-    comments = dict(item for fields in groups.values() for item in fields.items())
-    assert list(comments) == [f.name for f in dataclasses.fields(Config)]
-    for name, comment in comments.items():
-        assert f"--{name}" in text and " ".join(comment.split()[:3]) in text, name
-    flags = "--lam 0.5 --data d --seed 3 --out_dir o --fresh --kl_target none".split()
-    config = Config(lam=0.5, data_dir="d", seed=3, out_dir="o", kl_target=None)
-    assert rlhf.parse(flags) == ("run", None, config, "language_model", None)
-    assert rlhf.parse(["sample", "The acting in"])[:2] == ("sample", "The acting in")
-    assert rlhf.parse([]) == ("run", None, Config(), None, None)
-    assert rlhf.parse(["--fresh", "ppo"])[3] == "ppo"
-
-
-SIZES = dict(n_layer=1, n_head=2, n_embd=16, block_size=128, max_new_tokens=8, lm_epochs=1,
-             lm_batch_size=4, rm_epochs=1, rm_batch_size=8, ppo_iterations=3, ppo_batch_size=16,
-             minibatch_size=8, ppo_epochs=2, eval_prompts=6, device="cpu")
-FLAGS = [f"--{name}={value}" for name, value in SIZES.items()]
-
-
-def small_data(directory):
-    """60 documents and 80 pairs of the shipped data."""
-    def head(name, n):
-        return (dataset.SHIPPED / name).read_text("utf-8").splitlines()[:n]
-    return write_data(directory, head("preferences.jsonl", 80),
-                      corpus="\n".join(head("corpus.txt", 60)))
-
-
-@pytest.fixture(scope="module")
-def first_run(tmp_path_factory):
-    """A whole run at reduced size, its folder, and what it returned."""
-    base = tmp_path_factory.mktemp("run")
-    config = Config(**SIZES, data_dir=str(small_data(base / "data")), out_dir=str(base / "out"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(curves, "draw", lambda out: "")  # importing the plotter takes longer
-        record = rlhf.run(config)
-    return SimpleNamespace(config=config, record=record, out=base / "out", data=base / "data",
-                           log=dataset.read_records(base / "out" / "log.jsonl"))
-
-
-@pytest.fixture
-def no_picture(monkeypatch):
-    monkeypatch.setattr(curves, "draw", lambda out: "")
-
-
-def weights(out, name="policy.pt"):
-    return load_checkpoint(Path(out) / name)["weights"]
-
-
-def test_broken_input_ends_before_training_with_status_2_and_one_line(tmp_path, capsys):
-    """An unknown flag, a missing directory, a broken line: no traceback, nothing is written."""
-    out = tmp_path / "out"
-    broken = write_data(tmp_path / "broken", [GOOD_LINE, "{oops"])
-    fine = write_data(tmp_path / "fine", [GOOD_LINE])
-    for arguments, problem in ((["--data", tmp_path / "none"], "no such directory"),
-                               (["--data", broken], "preferences.jsonl:2: "),
-                               (["--data", fine, "--device", "abacus"], "device is 'abacus'"),
-                               (["sample", "The"], "lm.pt")):
-        assert problem in refused(capsys, *arguments, "--out_dir", out)
-    done = python(REPO / "rlhf.py", "--data", broken, "--out_dir", out)  # as from a shell
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("rlhf.py: ") and not out.exists()
-
-
-EVALUATION_KEYS = (
-    "reward_lm reward_ppo win_rate win_rate_low win_rate_high kl ended_lm ended_ppo length_lm "
-    "length_ppo reward_model_accuracy language_model_loss seconds seconds_language_model "
-    "seconds_reward_model seconds_ppo seconds_evaluation").split()
-
-
-def test_a_run_leaves_what_the_command_line_promises(first_run):
-    """lm.pt, reward.pt, policy.pt, log.jsonl, samples.jsonl; the last record is the evaluation."""
-    out, record, config, log = first_run.out, first_run.record, first_run.config, first_run.log
-    assert sorted(os.listdir(out)) == ["lm.pt", "log.jsonl", "policy.pt", "reward.pt",
-                                       "samples.jsonl"]
-    data, steps = dataset.load(first_run.data, 128, 8), {"ppo": [1, 2, 3], "evaluation": [1]}
-    for stage, n in (
-            ("language_model", math.ceil(len(data.train.documents) / config.lm_batch_size)),
-            ("reward_model", math.ceil(len(data.train.pairs) / config.rm_batch_size))):
-        steps[stage] = sorted({*range(10, n, 10), n})  # every tenth step, and the last
-    assert [(row["stage"], row["step"]) for row in log] == [
-        (stage, step) for stage in ("language_model", "reward_model", "ppo", "evaluation")
-        for step in steps[stage]]
-    assert log[-1] == {"stage": "evaluation", "step": 1, **record}
-    keys = {"ppo": PPO_KEYS, "evaluation": EVALUATION_KEYS}
-    for row in log:
-        for key in ["seconds", *keys.get(row["stage"], ["loss", "grad_norm"])]:
-            assert math.isfinite(row[key]), (row["stage"], key)
-    assert record["seconds"] == pytest.approx(sum(
-        v for k, v in record.items() if k.startswith("seconds_")))
-    assert not any(key.startswith("true") for key in record)  # not the shipped data
-    samples = dataset.read_records(out / "samples.jsonl")
-    assert [s["prompt"] for s in samples] == [data.text(p) for p in data.held_out.prompts[:6]]
-    for sample in samples:
-        assert {"prompt", "lm", "ppo", "reward_lm", "reward_ppo", "kl"} <= sample.keys()
-        assert isinstance(sample["lm"], str) and isinstance(sample["ppo"], str)
-    assert record["reward_ppo"] == pytest.approx(np.mean([s["reward_ppo"] for s in samples]))
-
-
-def test_the_figures_of_a_run_are_those_of_its_checkpoints(first_run):
-    """Loaded again: the language model's loss, the reward model's accuracy, the held-out rows."""
-    record, held = first_run.record, dataset.load(first_run.data, 128, 8).held_out
-    lm, reward, policy = [load_checkpoint(first_run.out / name) for name in rlhf.FILES.values()]
-    gpt = GPT(GPTConfig(**lm["model"]))
-    gpt.load_state_dict(lm["weights"])
-    model = RewardModel(gpt)
-    model.load_state_dict(reward["weights"])
-    assert gpt.config == GPTConfig(1024, 128, 1, 2, 16, 1023)
-    loss, accuracy = rlhf.language_model_loss(gpt, held.documents), record["reward_model_accuracy"]
-    assert record["language_model_loss"] == pytest.approx(loss)
-    assert rlhf.reward_model_accuracy(model, held.pairs) == accuracy
-    for checkpoint in (lm, reward, policy):
-        assert checkpoint["done"] and Config(**checkpoint["config"]) == first_run.config
-        assert checkpoint["state"]["step"] > 0 and "optimizer" in checkpoint["state"]
-    assert not torch.equal(policy["weights"]["gpt.wte.weight"], gpt.wte.weight)
-
-
-def copied(first_run, tmp_path, **settings):
-    """(folder, Config) of a copy of the first run, for a test that goes on from it."""
-    out = shutil.copytree(first_run.out, tmp_path / "out")
-    return out, dataclasses.replace(first_run.config, out_dir=str(out), **settings)
-
-
-def figures(record):
-    """What does not depend on the clock."""
-    return {k: v for k, v in record.items() if "seconds" not in k and "per_s" not in k}
-
-
-def test_a_second_identical_run_loads_every_stage_and_gives_the_same_figures(first_run, tmp_path):
-    """In a process of its own, from the command line, with the picture."""
-    out, _ = copied(first_run, tmp_path)
-    done = python(REPO / "rlhf.py", *FLAGS, "--data", first_run.data, "--out_dir", out)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    for text in ("language_model: is loaded", "reward_model: is loaded", "ppo: is loaded",
-                 "reward_model_accuracy", "language_model_loss", "ended", "before", "after",
-                 f"{first_run.record['win_rate']:.3f}"):
-        assert text in done.stdout
-    assert list(map(figures, dataset.read_records(out / "log.jsonl"))) == list(
-        map(figures, first_run.log))
-    assert (out / "samples.jsonl").read_bytes() == (first_run.out / "samples.jsonl").read_bytes()
-    assert same(weights(out), weights(first_run.out))
-    if importlib.util.find_spec("matplotlib"):
-        assert (out / "curves.png").read_bytes()[1:4] == b"PNG"
-    else:
-        assert "matplotlib is not installed" in done.stdout
-
-
-def test_sample_prints_both_columns_with_score_and_kl(first_run, capsys):
-    """`sample PROMPT`: continuations by the language model and by the policy, side by side."""
-    def sample(*more):
-        rlhf.main(["sample", "The acting in", "--out_dir", str(first_run.out), "--data",
-                   str(first_run.data), *more])
-        return capsys.readouterr().out
-
-    text = sample()
-    lines = [line for line in text.splitlines() if "|" in line]
-    assert text.startswith("The acting in")
-    assert [side.strip() for side in lines[0].split(" | ")] == ["language model", "PPO policy"]
-    heads = [line for line in lines if "[score" in line]
-    assert len(heads) == 3 and all(line.count("[score") == line.count("KL") == 2 for line in heads)
-    assert all("KL 0.0]" in line.replace("-0.0]", "0.0]").split(" | ")[0] for line in heads)
-    assert sample() == text != sample("--seed", "1")
-
-
-@pytest.mark.parametrize("redone, changes", [
-    (["ppo"], [{"kl_coef": 0.2}, {"lam": 0.9}]),
-    (["reward_model", "ppo"], [{"max_new_tokens": 7}, {"rm_lr": 2e-3}]),
-    (["language_model", "reward_model", "ppo"], [{"lm_lr": 1e-3}, {"seed": 1}, {"data": "other"},
-                                                 {"FORMAT": 0}]),
-    ([], [{"eval_prompts": 5}, {"device": "auto"}])])
-def test_a_changed_setting_refuses_the_stages_that_depend_on_it(first_run, redone, changes,
-                                                                monkeypatch):
-    """--kl_coef changed: the language model and the reward model are loaded, PPO's is not."""
-    data = dataset.load(first_run.data, 128, 8)
-    for change in changes:
-        (name, value), = change.items()
-        other = dataclasses.replace(data, fingerprint=change.get("data", data.fingerprint))
-        config = dataclasses.replace(first_run.config, **{
-            name: value for name, value in change.items() if name not in ("data", "FORMAT")})
-        monkeypatch.setattr(rlhf, "FORMAT", change.get("FORMAT", rlhf.FORMAT))
-        said = {"data": "other data", "FORMAT": "another version of this program"}.get(
-            name, f"{name} {getattr(first_run.config, name, None)}, now {value}")
-        for stage in rlhf.FILES:
-            if stage not in redone:
-                assert rlhf.find_checkpoint(stage, config, other)["done"]
-                continue
-            with pytest.raises(ValueError) as caught:
-                rlhf.find_checkpoint(stage, config, other)
-            assert f".pt was made with {said}: --fresh {stage} starts over" in str(caught.value)
-
-
-def test_a_changed_kl_coefficient_asks_before_it_trains_ppo_anew(first_run, tmp_path, capsys,
-                                                                 no_picture):
-    """From the command line; and --fresh starts over, to the same weights as the first time."""
-    out, _ = copied(first_run, tmp_path)
-    flags = [*FLAGS, "--data", str(first_run.data), "--out_dir", str(out)]
-    line = refused(capsys, *flags, "--kl_coef", "0.7")
-    was = first_run.config.kl_coef
-    assert f"policy.pt was made with kl_coef {was}, now 0.7" in line and "--fresh ppo" in line
-    assert same(weights(out), weights(first_run.out))
-    rlhf.main(flags + ["--kl_coef", "0.7", "--fresh", "ppo"])
-    text = capsys.readouterr().out
-    assert "language_model: is loaded" in text and "reward_model: is loaded" in text
-    assert "ppo: is loaded" not in text
-    assert not same(weights(out), weights(first_run.out))
-    stages = [row["stage"] for row in dataset.read_records(out / "log.jsonl")]
-    assert stages == [row["stage"] for row in dataset.read_records(first_run.out / "log.jsonl")]
-    rlhf.main(flags + ["--fresh"])
-    text = capsys.readouterr().out
-    assert "is loaded" not in text
-    assert same(weights(out), weights(first_run.out))
-
-
-@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(path.read_bytes()[:1000]),
-                                   lambda path: path.write_bytes(b""), lambda path: path.unlink()])
-def test_a_checkpoint_that_is_cut_short_starts_its_stage_anew_unless_others_build_on_it(
-        first_run, tmp_path, capsys, no_picture, spoil):
-    """The reason is said; where later stages would be lost with it, --fresh is asked for."""
-    out, _ = copied(first_run, tmp_path)
-    flags = [*FLAGS, "--data", str(first_run.data), "--out_dir", str(out)]
-    spoil(out / "lm.pt")
-    line = refused(capsys, *flags)
-    assert "lm.pt: no" in line and "reward.pt builds on it: --fresh language_model" in line
-    (out / "lm.pt").write_bytes((first_run.out / "lm.pt").read_bytes())
-    spoil(out / "policy.pt")
-    gone = not (out / "policy.pt").exists()
-    rlhf.main(flags)
-    text = capsys.readouterr().out
-    assert gone != ("ppo: starts anew, " in text and "not a readable checkpoint" in text)
-    assert "reward_model: is loaded" in text and "ppo: is loaded" not in text
-    assert same(weights(out), weights(first_run.out))
-
-
-def ends_as(first_run, out, record):
-    """The same weights, the same log, the same figures: bit for bit."""
-    assert figures(record) == figures(first_run.record)
-    assert list(map(figures, dataset.read_records(Path(out) / "log.jsonl"))) == list(
-        map(figures, first_run.log))
-    assert all(same(weights(out, name), weights(first_run.out, name))
-               for name in rlhf.FILES.values())
-
-
-def test_a_run_that_was_interrupted_ends_bit_identical(first_run, tmp_path, no_picture):
-    """Stopped again and again, in every stage: the same weights, the same log, the same figures."""
-    config = dataclasses.replace(first_run.config, out_dir=str(tmp_path / "out"))
-    stopped, record = set(), None
-    for limit in (5, 1, 9, 4, 1, 99):  # it is asked once a step: 14 of them, 9, and 3
-        calls = itertools.count()
-        try:
-            record = rlhf.run(config, interrupted=lambda: next(calls) >= limit)
-        except KeyboardInterrupt:
-            stopped.add(len(list((tmp_path / "out").glob("*.pt"))))
-    assert stopped == {1, 2, 3}  # it was stopped in each stage
-    ends_as(first_run, config.out_dir, record)
-
-
-@pytest.mark.parametrize("saved", [True, False])
-def test_a_run_that_was_killed_in_ppo_ends_bit_identical(first_run, tmp_path, monkeypatch, capsys,
-                                                         no_picture, saved):
-    """Nothing is saved on the way out: the last checkpoint and (seed, stage, k) are enough."""
-    monkeypatch.setattr(rlhf, "SAVE_EVERY", 0 if saved else time.perf_counter())
-    out, config = copied(first_run, tmp_path)
-    (out / "policy.pt").unlink()
-    real, calls = rlhf.collect, itertools.count()
-
-    def killed_at_the_third(*arguments):
-        if next(calls) == 2:
-            raise MemoryError
-        return real(*arguments)
-
-    monkeypatch.setattr(rlhf, "collect", killed_at_the_third)
-    with pytest.raises(MemoryError):
-        rlhf.run(config)
-    assert (out / "policy.pt").exists() == saved
-    if saved:
-        checkpoint = load_checkpoint(out / "policy.pt")
-        assert not checkpoint["done"] and 1 <= checkpoint["state"]["step"] <= 2
-    dataset.append_record(out / "log.jsonl", {"stage": "ppo", "step": 9})  # never to be seen again
-    capsys.readouterr()
-    record = rlhf.run(config)
-    assert ("ppo: goes on at" in capsys.readouterr().out) == saved
-    ends_as(first_run, out, record)
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, capsys):
-    """A first Ctrl-C ends the step and saves; main says that the same command goes on."""
-    def pressed(config, fresh, interrupted):
-        assert config == Config(seed=3) and fresh == "ppo" and not interrupted()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interrupted()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(rlhf, "run", pressed)
-    with pytest.raises(SystemExit, match="130"):
-        rlhf.main(["--seed", "3", "--fresh", "ppo"])
-    assert capsys.readouterr().err == (
-        "\nstopped; the same command without --fresh goes on from the last checkpoint\n")
-    for presses in (1, 2):  # what ends no step leaves after a second, or at the second press
-        def busy(config, fresh, interrupted):
-            for _ in range(presses):
-                os.kill(os.getpid(), signal.SIGINT)
-            for _ in range(3000):
-                time.sleep(0.01)
-
-        monkeypatch.setattr(rlhf, "run", busy)
-        with pytest.raises(SystemExit) as caught:
-            rlhf.main([])
-        assert caught.value.code == 130 and "the same command goes on" in capsys.readouterr().err
-
-
-def test_a_loss_that_is_not_finite_ends_with_its_stage_and_step(first_run, tmp_path, capsys,
-                                                               monkeypatch):
-    """Status 2 and one line; the last good checkpoints stay."""
-    out, _ = copied(first_run, tmp_path)
-    real, calls = rlhf.reward_scores, itertools.count(1)
-    monkeypatch.setattr(rlhf, "reward_scores", lambda model, r: real(model, r) * (
-        math.nan if next(calls) == 3 else 1))
-    monkeypatch.setattr(rlhf, "SAVE_EVERY", 0)
-    line = refused(capsys, *FLAGS, "--data", first_run.data, "--out_dir", out,
-                   "--missing_eos_score=none", "--fresh", "ppo")
-    assert "ppo step 3" in line and "nan" in line
-    assert load_checkpoint(out / "policy.pt")["state"]["step"] in (1, 2)
-    assert all(w.isfinite().all() for w in weights(out).values())
-    for name in ("lm.pt", "reward.pt"):
-        assert (out / name).read_bytes() == (first_run.out / name).read_bytes()
-
-
-def test_the_shipped_data_are_judged_by_the_true_reward(first_run, tmp_path, monkeypatch,
-                                                        no_picture):
-    """true_reward of both sides, the ceiling of noisy labels, the true reward logged in PPO."""
-    copy = small_data(tmp_path / "shipped")
-    (copy / "tokenizer.tiktoken").write_bytes(b"\n".join(RANKS))
-    monkeypatch.setattr(dataset, "SHIPPED", copy.resolve())
-    record = rlhf.run(dataclasses.replace(first_run.config, data_dir=str(copy), ppo_iterations=1,
-                                          out_dir=str(tmp_path / "out")))
-    samples = dataset.read_records(tmp_path / "out" / "samples.jsonl")
-    for side in ("lm", "ppo"):
-        true = [annotator.true_reward(sample["prompt"], sample[side]) for sample in samples]
-        assert [s[f"true_reward_{side}"] for s in samples] == pytest.approx(true, abs=1e-4)
-        assert record[f"true_reward_{side}"] == pytest.approx(np.mean(true), abs=1e-4)
-    assert record["true_reward_std_lm"] > 0
-    data = dataset.load(copy, 128, 8)
-    right = [annotator.true_reward(x, w) > annotator.true_reward(x, l)
-             for x, w, l in (map(data.text, pair) for pair in data.held_out.pairs)]
-    assert record["reward_model_ceiling"] == pytest.approx(np.mean(right))
-    ppo = [r for r in dataset.read_records(tmp_path / "out" / "log.jsonl") if r["stage"] == "ppo"]
-    assert len(ppo) == 1 and math.isfinite(ppo[0]["true_reward"])
-
-
-def test_what_was_skipped_is_printed_before_training(tmp_path, capsys):
-    """The count of each reason, and every note."""
-    rows = [GOOD_LINE, pair("a", "b", "b"), pair("a", "c", "c")]
-    data = dataset.load(write_data(tmp_path, rows), 64, 8)
-    rlhf.describe(data, torch.device("cpu"))
-    text = capsys.readouterr().out
-    for part in ("skipped: 2 rows of preferences.jsonl: identical answers", "vocabulary 1,024",
-                 "1 pairs", *data.notes):
-        assert part in text
-    assert len(data.notes) > 2
-
-
-def test_progress_is_one_line_on_a_terminal_and_plain_lines_in_a_file(capsys, monkeypatch):
-    """With rate and time left: step 30 of 40 after 6 s is 5 a second and 2 s to go."""
-    for step in range(1, 41):
-        rlhf.show_progress("language_model", step, 40, step / 5, {"loss": 1.25})
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 10 and not any("\r" in line for line in lines)
-    assert lines[-1].startswith("language_model 40/40") and "loss 1.25" in lines[0]
-    rlhf.show_progress("ppo", 30, 40, 6.0, {"kl": 0.5, "rollout_tokens_per_s": 1234.5})
-    line = capsys.readouterr().out
-    assert line.startswith("ppo 30/40") and line.endswith("\n")
-    assert "5.0/s" in line and "2 s left" in line and "1,234" in line
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("COLUMNS", "30")
-    for step in (1, 2, 40):
-        rlhf.show_progress("reward_model", step, 40, step / 5, {"loss": 1.25})
-    text = capsys.readouterr().out
-    assert text.count("\n") == 1 and text.endswith("\n")
-    assert [len(line.strip("\n")) for line in text.split("\r\033[K")] == [0, 29, 29, 29]
-
-
-def test_the_summary_shows_samples_by_the_reward_that_judges(tmp_path, capsys, monkeypatch,
-                                                             no_picture):
-    """Five samples before and after, at most 100 columns wide, then the figures of both sides."""
-    samples = [{"prompt": f"Film {i}", "lm": " word" * 60, "ppo": " good.", "reward_lm": 1.5,
-                "reward_ppo": 2.5, "true_reward_lm": -3.25, "true_reward_ppo": 4.75}
-               for i in range(7)]
-    record = {"reward_lm": 1.5, "reward_ppo": 2.5, "true_reward_lm": -3.25, "kl": 6.125,
-              "true_reward_ppo": 4.75, "true_reward_std_lm": 0.875, "win_rate": 1.0}
-    monkeypatch.setenv("COLUMNS", "300")
-    rlhf.summarize(record, samples, tmp_path)
-    text = capsys.readouterr().out
-    lines = text.splitlines()
-    assert 90 < max(map(len, lines[:-1])) <= 100 and "Film 4| good." in text
-    assert text.count("before  -3.25  Film") == text.count("after  +4.75  Film") == 5
-    rows = [" ".join(line.split()) for line in lines]
-    for row in ("reward 1.500 2.500", "true_reward -3.250 4.750", "kl 6.125",
-                "true_reward_std_lm 0.875", "win_rate 1.000"):
-        assert rows.count(row) == 1, row
-    assert "reward_ppo" not in text and str(tmp_path) in lines[-1]
-    rlhf.summarize({"reward_lm": 1.5, "reward_ppo": 2.5}, samples, tmp_path)
-    assert "before  +1.50  Film" in capsys.readouterr().out
-
-
-def test_a_device_that_is_not_there_is_named():
-    """auto takes the best there is; another name is checked before training."""
-    assert rlhf.pick_device("cpu") == torch.device("cpu")
-    best = "cuda" if torch.cuda.is_available() else (
-        "mps" if torch.backends.mps.is_available() else "cpu")
-    assert rlhf.pick_device("auto").type == best
-    with pytest.raises(ValueError, match="^device is 'abacus': "):
-        rlhf.pick_device("abacus")
-
-
-# =================================================================================================
-# The program: GPT-2 in and out, the reader as the human, a reward of the reader's own
-# =================================================================================================
-
-
-def tiny_bpe(name="gpt2"):
-    """The shipped tokenizer, where GPT-2's would need a download and a hundred times the logits."""
-    shipped = dataset.read_tokenizer(dataset.SHIPPED / "tokenizer.tiktoken")
-    shipped.name = name
-    return shipped
-
-
-def save_tiny_gpt2(directory, seed=0, vocab=1024, context=96):
-    config = GPTConfig(vocab, context, 1, 2, 16, 3)
-    GPT(config, torch.Generator().manual_seed(seed)).save_pretrained(directory)
-    return str(directory)
-
-
-def safetensors_of(**entries):
-    """An edit that leaves model.safetensors with this header and eight bytes."""
-    header = json.dumps(entries).encode()
-
-    def edit(directory):
-        raw = struct.pack("<Q", len(header)) + header + bytes(8)
-        (directory / "model.safetensors").write_bytes(raw)
-    return edit
-
-
-C_ATTN, NO_SAFETENSORS = "transformer.h.0.attn.c_attn.weight", "not a safetensors file, or cut"
-ODD_FILES = {
-    **{f"{key} {value!r}": (edit_config(**{key: value}), f"{key} = .*expected a whole number")
-       for key, value in (("n_layer", "2"), ("n_layer", 2.0), ("n_layer", 0), ("n_head", True),
-                          ("n_head", None), ("n_embd", [12]), ("n_embd", -12),
-                          ("vocab_size", 10**30), ("n_positions", "10"))},
-    **{f"eos_token_id {value!r}": (edit_config(eos_token_id=value), "eos_token_id.*one token")
-       for value in ([10], "x", -1, True)},
-    "deep config": (lambda d: (d / "config.json").write_text("[" * 99999), "not JSON"),
-    "both names": (edit_weights(lambda t: t | {"ln_f.bias": t["transformer.ln_f.bias"]}),
-                   "with and without"),
-    "a key that is no name": (edit_weights(lambda t: t | {1: torch.zeros(1)}), "state dictionary"),
-    "one dimension": (edit_weights(lambda t: t | {C_ATTN: torch.zeros(3)}),
-                      r"c_attn.weight is \(3,\), expected \(36, 12\)"),
-    "whole numbers": (edit_weights(lambda t: t | {C_ATTN: t[C_ATTN].long()}), "of torch.int64"),
-    "sparse": (edit_weights(lambda t: t | {C_ATTN: t[C_ATTN].to_sparse()}), "not plain, dense"),
-    "safetensors of another size": (safetensors_of(a=dict(
-        dtype="F32", shape=[3], data_offsets=[0, 8])), f"{NO_SAFETENSORS}.*a has 8 bytes"),
-    "safetensors of negative size": (safetensors_of(a=dict(
-        dtype="F32", shape=[-1], data_offsets=[0, 8])), NO_SAFETENSORS),
-    "safetensors of half a size": (safetensors_of(a=dict(
-        dtype="F32", shape=[2.0], data_offsets=[0, 8])), NO_SAFETENSORS),
-    "safetensors of another kind": (safetensors_of(a=dict(
-        dtype="F4", shape=[2], data_offsets=[0, 8])), f"{NO_SAFETENSORS}.*F4"),
-    "safetensors without a header": (safetensors_of(a=3), NO_SAFETENSORS)}
-
-
-@pytest.mark.parametrize("case", ODD_FILES)
-def test_an_odd_file_of_weights_is_refused_in_one_line(tmp_path, case):
-    """Sizes of a wrong kind, a weight under two names, tensors that cannot be weights."""
-    edit, problem = ODD_FILES[case]
-    gpt_for_files().save_pretrained(tmp_path)
-    edit(tmp_path)
-    with pytest.raises(ValueError, match=problem) as caught:
-        GPT.from_pretrained(tmp_path)
-    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
-
-
-def test_odd_files_of_weights_that_are_right_are_read(tmp_path):
-    """No prefix, buffers of the mask, the old pickle format; an end token of another vocabulary."""
-    gpt = gpt_for_files()
-    gpt.save_pretrained(tmp_path)
-    path = tmp_path / "pytorch_model.bin"
-    tensors = {k.removeprefix("transformer."): v for k, v in
-               torch.load(path, weights_only=True).items() if k != "lm_head.weight"}
-    tensors["h.0.attn.bias"] = torch.ones(1, 1, 10, 10, dtype=torch.uint8)
-    torch.save(tensors, path, _use_new_zipfile_serialization=False)
-    edit_config(eos_token_id=50256)(tmp_path)  # Hugging Face's default
-    again = GPT.from_pretrained(tmp_path)
-    assert again.config == gpt.config  # the last token ends a text
-    assert all(torch.equal(again.state_dict()[k], v) for k, v in gpt.state_dict().items())
-    tensors = {"h.0.attn.bias": torch.zeros(0), "h.1.attn.bias": torch.zeros(3, 0)}
-    write_safetensors(tmp_path / "empty", tensors)
-    assert all(torch.equal(value, tensors[name]) for name, value in
-               read_safetensors(tmp_path / "empty").items())
-
-
-def test_what_is_saved_is_not_hidden_behind_another_file(tmp_path):
-    """Beside a model.safetensors nobody would read pytorch_model.bin: refused."""
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="model.safetensors"):
-        gpt_for_files().save_pretrained(tmp_path)
-    assert os.listdir(tmp_path) == ["model.safetensors"]
-
-
-def test_a_name_is_downloaded_to_torchs_cache_or_says_where_to_put_the_files(tmp_path, monkeypatch):
-    """GPT.from_pretrained("gpt2"), by torch's own loader."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    gpt_for_files().save_pretrained("published")
-    asked = []
-
-    def download(url, path):
-        asked.append(url)
-        Path(path).write_bytes(Path("published", url.split("/")[-1]).read_bytes())
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    for _ in range(2):
-        assert GPT.from_pretrained("gpt2-medium").config == gpt_for_files().config
-    assert asked == [f"https://huggingface.co/gpt2-medium/resolve/main/{name}"
-                     for name in ("config.json", "pytorch_model.bin")]
-
-    def offline(url, path):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(ValueError, match="cannot download .*config.json.*no network.*hub/checkp"):
-        GPT.from_pretrained("gpt2")
-
-
-def test_transformers_reads_a_policy_and_we_read_its_bare_trunk(tmp_path):
-    """Where it is installed: the policy after PPO is saved, a GPT2Model without prefix is read."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    policy = ActorCritic(gpt_for_files())
-    policy.gpt.save_pretrained(tmp_path / "policy")
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "policy").eval()
-    tokens = torch.randint(11, (4, 10), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        close(policy(tokens)[0], theirs(tokens).logits, 1e-5)
-        theirs.transformer.save_pretrained(tmp_path / "trunk")
-        close(GPT.from_pretrained(tmp_path / "trunk")(tokens), theirs(tokens).logits, 1e-5)
-
-
-def test_init_starts_from_weights_with_their_sizes_and_tokenizer(tmp_path, monkeypatch, capsys,
-                                                                 no_picture):
-    """A run from a random checkpoint; `sample` on it; other weights are not taken for these."""
-    monkeypatch.setattr(dataset.tiktoken, "get_encoding", tiny_bpe)
-    data = write_data(tmp_path / "data", [pair(f"p{i} the", " good", f" bad {i}")
-                                          for i in range(12)])
-    (data / "tokenizer.tiktoken").write_bytes(b"not read")
-    settings = SIZES | dict(init=save_tiny_gpt2(tmp_path / "a"), data_dir=str(data), lm_epochs=0,
-                            block_size=8, out_dir=str(tmp_path / "out"), ppo_iterations=1)
-    config = Config(**settings)  # its block_size would leave no room; it is not used
-    lm, data, used = rlhf.starting_point(config)
-    assert lm.config == GPTConfig(1024, 96, 1, 2, 16, 1023)  # the tokenizer's end token
-    assert same(lm.state_dict(), GPT.from_pretrained(config.init).state_dict())
-    assert (used.block_size, used.n_layer, used.n_head, used.n_embd) == (96, 1, 2, 16)
-    assert any("tokenizer.tiktoken is not used" in note for note in data.notes)
-    rlhf.run(config)
-    saved = load_checkpoint(tmp_path / "out" / "lm.pt")
-    assert same(saved["weights"], lm.state_dict())  # no epoch: as they were
-    assert Config(**saved["config"]) == used
-    rlhf.main(["sample", "the", "--out_dir", config.out_dir])
-    assert "PPO policy" in capsys.readouterr().out
-    moved = dataclasses.replace(used, init=save_tiny_gpt2(tmp_path / "same"), n_embd=4)
-    _, data, moved = rlhf.starting_point(moved)
-    settings = rlhf.stage_settings(used, data, "language_model")
-    assert saved["settings"] == settings == rlhf.stage_settings(moved, data, "language_model")
-    _, data, _ = rlhf.starting_point(
-        dataclasses.replace(used, init=save_tiny_gpt2(tmp_path / "same", seed=1)))
-    settings = rlhf.stage_settings(used, data, "language_model")
-    assert [k for k in settings if settings[k] != saved["settings"][k]] == ["init"]
-
-
-def test_what_cannot_start_from_weights_is_one_line(tmp_path, monkeypatch, capsys):
-    """Another vocabulary, too short a context, no such directory, a tokenizer out of reach."""
-    data = write_data(tmp_path / "data", [GOOD_LINE])
-    monkeypatch.setattr(dataset.tiktoken, "get_encoding", tiny_bpe)
-
-    def answer(init, *more):
-        return refused(capsys, "--init", init, "--data", data, "--out_dir", tmp_path / "o", *more)
-
-    assert "no config.json" in answer(tmp_path / "none")
-    assert "vocabulary of 999 tokens, expected the 1,024" in answer(
-        save_tiny_gpt2(tmp_path / "v", vocab=999))
-    tiny = save_tiny_gpt2(tmp_path / "a", context=20)
-    assert "at most 17" in answer(tiny, "--max_new_tokens", "18")
-
-    def offline(name):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(dataset.tiktoken, "get_encoding", offline)
-    line = answer(tiny, "--max_new_tokens", "9")
-    for name in ("vocab.bpe", "encoder.json"):  # tiktoken's name of a cached file
-        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
-        assert f"{name} as {hashlib.sha1(url.encode()).hexdigest()}" in line
-    assert "TIKTOKEN_CACHE_DIR" in line and not (tmp_path / "o").exists()
-
-
-def test_gpt2s_own_tokenizer_is_read_from_a_cache(monkeypatch):
-    """The names in that line are the right ones: the files lie in an optional directory."""
-    if not (SHARED / "tiktoken_gpt2").is_dir():
-        pytest.skip("optional data tiktoken_gpt2 is not there")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_gpt2"))
-    encoding = dataset.tokenizer_of(None, init="gpt2")
-    assert encoding.eot_token == 50256 and encoding.n_vocab == 50257
-    assert encoding.encode_ordinary("Hello world") == [15496, 995]
-
-
-@contextlib.contextmanager
-def piped(keys):
-    """The end of a pipe from which these keys are read."""
-    read, write = os.pipe()
-    os.write(write, keys)
-    os.close(write)
-    try:
-        yield read
-    finally:
-        os.close(read)
-
-
-def ask(first_run, directory, keys):
-    """A sitting of data/label.py whose keys come through a pipe; the rows that it leaves."""
-    with piped(keys) as fd:
-        label.label(first_run.out, directory, fd)
-    return read_rows(directory)
-
-
-def read_rows(directory):
-    return [row for row in dataset.read_pairs(Path(directory) / "preferences.jsonl")]
-
-
-def questions_of(text):
-    """What a sitting showed, between the keys that answered."""
-    return [part.strip() for part in re.split(r"l left .*\n→ .*\n", text)]
-
-
-def test_label_appends_each_answer_and_undoes_the_last(first_run, tmp_path, capsys, monkeypatch):
-    """left, right, skip, undo, quit: as letters or arrows, with or without line ends."""
-    monkeypatch.setenv("COLUMNS", "70")
-    rows = ask(first_run, tmp_path / "a", b"l\nr\nq\nl")
-    shown = capsys.readouterr().out
-    assert len(rows) == 2 and f"2 answers in {tmp_path / 'a'}" in shown
-    assert all(len(line) <= 70 for line in shown.splitlines()[:-1])
-    for row, side in zip(rows, (0, 1)):
-        assert row[0] in shown and row[1] != row[2]
-    other = ask(first_run, tmp_path / "b", b"\x1b[C?\x1b[D")  # the other way, ended by the pipe
-    assert other == [(x, l, w) for x, w, l in rows]  # the same questions, other answers
-    capsys.readouterr()
-    # Undo asks the undone pair again, then the one that was on the screen.
-    again = ask(first_run, tmp_path / "c", b"lsulu" + b"url" + b"q")
-    first, second, third, fourth, fifth, sixth, seventh, *_ = questions_of(capsys.readouterr().out)
-    assert first == fourth == sixth and third == fifth and len({first, second, third}) == 3
-    assert seventh.startswith("nothing of this sitting to undo") and seventh.endswith(first)
-    assert again[0] == other[0] and len(again) == 2
-    raw = (tmp_path / "c" / "preferences.jsonl").read_text("utf-8").splitlines()
-    assert [list(json.loads(line)) for line in raw] == [["prompt", "chosen", "rejected"]] * 2
-
-
-def test_the_side_that_was_chosen_is_the_chosen_one(tmp_path):
-    """l takes the left text, r the right one; an answer is in the file before the next question."""
-    def pairs():
-        for i in range(2):
-            assert len(path.read_text("utf-8").splitlines()) == i
-            yield f"p{i}", ["on the left", "on the right"], [False, False]
-
-    path = tmp_path / "preferences.jsonl"
-    with piped(b"lr") as fd, open(path, "ab", buffering=0) as file:
-        assert label.sitting(file, pairs(), fd) == 2
-    assert read_rows(tmp_path) == [("p0", "on the left", "on the right"),
-                                   ("p1", "on the right", "on the left")]
-
-
-def test_label_asks_no_pair_twice_and_goes_on_after_a_torn_end(first_run, tmp_path, monkeypatch):
-    """Across sittings; a last line without its end is completed before the next."""
-    rows = ask(first_run, tmp_path, b"llll")
-    path = tmp_path / "preferences.jsonl"
-    path.write_bytes(path.read_bytes().removesuffix(b"\n"))
-    seeded = rlhf.seeded  # the second sitting draws what the first one drew
-    monkeypatch.setattr(rlhf, "seeded", lambda seed, stage, step: seeded(seed, stage, step - 4))
-    assert len(rows) == 4 and ask(first_run, tmp_path, b"q") == rows
-    both = ask(first_run, tmp_path, b"rrrr")
-    assert both[:4] == rows and len({(x, *sorted((w, l))) for x, w, l in both}) == 8
-
-
-def test_label_undoes_nothing_that_another_wrote(first_run, tmp_path, capsys, monkeypatch):
-    """A line that came behind the last answer stays, and so does the answer."""
-    path, read_key = tmp_path / "preferences.jsonl", label.read_key
-
-    def key(fd):
-        name = read_key(fd)
-        if name == "undo":
-            dataset.append_record(path, pair("x", "y", "z"))
-        return name
-
-    monkeypatch.setattr(label, "read_key", key)
-    rows = ask(first_run, tmp_path, b"lu")
-    assert len(rows) == 2 and rows[1] == ("x", "y", "z")
-    assert "nothing of this sitting to undo" in capsys.readouterr().out
-
-
-def test_a_directory_of_labels_is_a_data_directory(first_run, tmp_path):
-    """The corpus, prompts and tokenizer of the run stand beside the answers: `--data` trains."""
-    rows = ask(first_run, tmp_path / "labels", b"lrlrlrlr")
-    mine, theirs = (dataset.load(path, 128, 8) for path in (tmp_path / "labels", first_run.data))
-    pairs = mine.train.pairs + mine.held_out.pairs  # so few may stand on both sides
-    assert len(set(map(str, pairs))) == len(rows) == 8
-    assert mine.train.prompts == theirs.train.prompts
-    assert mine.train.documents + mine.held_out.documents
-    assert (tmp_path / "labels" / "corpus.txt").read_bytes() == (
-        first_run.data / "corpus.txt").read_bytes()
-    (tmp_path / "labels" / "corpus.txt").write_text("mine")
-    ask(first_run, tmp_path / "labels", b"q")
-    assert (tmp_path / "labels" / "corpus.txt").read_text() == "mine"  # nothing is written over
-    data = SimpleNamespace(train=SimpleNamespace(prompts=["a b", "two\nlines"]),
-                           held_out=SimpleNamespace(prompts=[" "]), text=lambda prompt: prompt)
-    source = write_data(tmp_path / "source", [GOOD_LINE])
-    (source / "tokenizer.tiktoken").write_bytes(b"\n".join(RANKS))
-    for init in (None, "gpt2"):
-        (tmp_path / str(init)).mkdir()
-        label.complete(tmp_path / str(init), Config(data_dir=str(source), init=init), data)
-        assert (tmp_path / str(init) / "prompts.txt").read_text("utf-8") == "a b\n"
-        assert (tmp_path / str(init) / "tokenizer.tiktoken").exists() == (init is None)
-
-
-def test_label_shows_no_control_character_and_marks_a_cut(capsys, monkeypatch):
-    """Side by side to the terminal's width; a prompt of several lines keeps them."""
-    monkeypatch.setenv("COLUMNS", "40")
-    label.show("one\ntwo", ["left \x1b[31m" + "word " * 9, "right"], [False, True])
-    text = capsys.readouterr().out
-    assert "\x1b" not in text and "one\ntwo\n" in text and "…right […]" in text
-    assert max(map(len, text.splitlines()[:-1])) <= 40 and text.count(" | ") == 4
-
-
-def test_a_terminal_gives_single_keys_and_gets_its_settings_back(first_run, tmp_path):
-    """On a pseudo-terminal: no line end is needed, nothing is echoed, also when stopped."""
-    termios, pty = pytest.importorskip("termios"), pytest.importorskip("pty")
-    master, terminal = pty.openpty()
-    before = termios.tcgetattr(terminal)
-    for keys in (b"rlq", None):
-        with contextlib.suppress(KeyboardInterrupt), label.single_keys(terminal):
-            flags = termios.tcgetattr(terminal)[3]
-            assert not flags & termios.ICANON and not flags & termios.ECHO
-            assert flags & termios.ISIG  # Ctrl-C still interrupts
-            if keys is None:
-                raise KeyboardInterrupt
-            os.write(master, keys)
-            assert [label.read_key(terminal) for _ in keys] == ["right", "left", "quit"]
-        assert termios.tcgetattr(terminal) == before
-    os.close(master)
-    os.close(terminal)
-
-
-def test_what_label_cannot_do_is_one_line(first_run, tmp_path, capsys, monkeypatch):
-    """A file that cannot be appended to, no model, a broken file, a full disk: status 2."""
-    (tmp_path / "dir" / "preferences.jsonl").mkdir(parents=True)
-    (tmp_path / "file").write_text("")
-    broken = write_data(tmp_path / "broken", ["{oops"])
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "lm.pt").write_bytes((first_run.out / "lm.pt").read_bytes()[:999])
-    for arguments, problem in (
-            (["--data", tmp_path / "dir"], "cannot append to .*not a file"),
-            (["--data", tmp_path / "file"], "cannot append to .*File exists"),
-            (["--data", broken], "preferences.jsonl:1: not JSON"),
-            (["--data", dataset.SHIPPED], "the shipped data"),
-            (["--out-dir", tmp_path / "none"], "lm.pt: no such file"),
-            (["--out_dir", tmp_path / "out"], "not a readable checkpoint"), (["--nope"], "--nope")):
-        with pytest.raises(SystemExit) as caught:
-            label.main(["--out_dir", str(first_run.out), "--data", str(tmp_path / "new"),
-                        *map(str, arguments)])
-        output = capsys.readouterr()
-        assert caught.value.code == 2 and output.err.count("\n") == 1 and not output.out
-        assert re.match(f"label.py: .*{problem}", output.err), output.err
-    assert not (tmp_path / "new").exists()
-    with open(tmp_path / "full", "ab", buffering=0) as file:
-        label.append(file, b"whole\n")
-
-        class Full:
-            """A disk with room for three more bytes."""
-            name, seek, truncate = file.name, file.seek, file.truncate
-
-            def write(self, line):
-                return file.write(line[:3])
-
-        with pytest.raises(OSError, match="no room"):
-            label.append(Full(), b"another\n")
-    assert (tmp_path / "full").read_bytes() == b"whole\n"
-
-
-def test_label_runs_as_a_script(first_run, tmp_path):
-    """Keys through a pipe to `python data/label.py`."""
-    done = subprocess.run(
-        [sys.executable, REPO / "data" / "label.py", "--out-dir", first_run.out, "--data",
-         tmp_path], input="l\nr\n", capture_output=True, text=True, cwd=tmp_path, encoding="utf-8")
-    assert done.returncode == 0 and not done.stderr and len(read_rows(tmp_path)) == 2
-
-
-def test_trls_standard_forms_are_read_and_a_conversational_one_names_them(tmp_path):
-    """Explicit and implicit prompts; columns that a trainer added are passed over."""
-    rows = [pair("The sky is", " blue.", " green.") | {"score_chosen": 1.5},
-            {"chosen": "The sky is blue.", "rejected": "The sky is green.", "margin": None}]
-    assert read_rows(write_data(tmp_path, rows)) == [
-        ("The sky is", " blue.", " green."), ("", "The sky is blue.", "The sky is green.")]
-    messages = [{"role": "user", "content": "What colour is the sky?"}]
-    for row in (pair(messages, messages, messages), {"chosen": messages, "rejected": messages},
-                pair("What colour?", messages, messages)):
-        with pytest.raises(dataset.DataError, match="conversational.*prompt.*chosen.*rejected"):
-            read_rows(write_data(tmp_path, [row]))
-
-
 def readme(word):
     """The README's Python lines that have this word."""
     blocks = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text("utf-8"), re.DOTALL)
     block, = (block for block in blocks if word in block)
     return block
+
+
+def test_the_notebook_lines_of_the_readme_train_what_a_run_trains(first_run, monkeypatch, capsys):
+    """The very lines, under a Config of reduced size: the weights are those of `rlhf.py`."""
+    monkeypatch.setattr(rlhf, "Config", lambda **given: dataclasses.replace(
+        first_run.config, out_dir="nowhere", **given))
+    names = {}
+    exec(readme("rlhf.evaluate"), names)
+    for name, file in (("lm", "lm.pt"), ("reward_model", "reward.pt"), ("policy", "policy.pt")):
+        assert same(names[name].state_dict(), weights(first_run.out, file)), name
+    assert len(names["history"]) == 3 and not (REPO / "nowhere").exists()
+    assert names["record"]["win_rate"] == first_run.record["win_rate"]
+    assert capsys.readouterr().out.startswith(str(names["record"]["win_rate"]))
 
 
 def test_the_readmes_reward_of_ones_own_is_learned():
@@ -3436,7 +3480,6 @@ def test_the_readmes_lines_save_a_policy(first_run, tmp_path, monkeypatch):
 
 
 def test_the_readmes_memory_of_gpt2_is_its_arithmetic():
-    """Its number of weights and the bytes of a token's activations, counted."""
     text = (REPO / "README.md").read_text("utf-8")
 
     def count(V, S, L, C):
@@ -3459,220 +3502,3 @@ def test_the_readmes_memory_of_gpt2_is_its_arithmetic():
         sizes.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
     copies = 12 * 256**2 * 2
     assert round(((sizes[1] - sizes[0]) / 2 - copies) / (2 * 160 * 256)) == 36 and "36 C L" in text
-
-
-# =================================================================================================
-# The program: nothing is lost and nothing gets in
-# =================================================================================================
-
-
-def run_and_die(config, owner, name, when, spoil=lambda *_: None):
-    """Run in a forked process, which kills itself, as kill -9 does, in a call of owner.name: at the
-    first for which when(number of the call, *arguments). Returns the signal that ended it."""
-    pid = os.fork()
-    if pid == 0:
-        real, calls = getattr(owner, name), itertools.count(1)
-
-        def mortal(*arguments):
-            if when(next(calls), *arguments):
-                spoil(*arguments)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*arguments)
-
-        setattr(owner, name, mortal)
-        try:
-            rlhf.run(config)
-        finally:
-            os._exit(0)
-    return os.waitpid(pid, 0)[1]
-
-
-def deaths():
-    """Of each stage the first, middle and last part, and a checkpoint's write; then what else is
-    written: the log, cut back and added to, and the samples."""
-    for stage in rlhf.FILES:
-        for share in (0, 0.5, 1):
-            yield rlhf, "show_progress", lambda n, at, step, steps, *_, stage=stage, share=share: (
-                at == stage and step >= share * steps)
-            if share == 0:  # its first checkpoint of this run, half written
-                yield os, "fsync", lambda n, file: n == 1, lambda file: os.ftruncate(file, 1000)
-    yield os, "replace", lambda n, *_: n == 1  # the log, cut back to the checkpoint
-    yield rlhf, "evaluate", lambda n, *_: n == 1
-    yield dataset, "append_record", lambda n, *_: n == 1, lambda path, row: path.write_bytes(
-        path.read_bytes() + json.dumps(row).encode()[:40])
-    yield dataset, "write_records", lambda n, *_: n == 1
-
-
-def die_again_and_again(out, data):
-    """Every death in turn in one folder, then a run to the end. Prints the number of deaths."""
-    rlhf.SAVE_EVERY, curves.draw, count = 0, lambda out: "", 0
-    config = Config(**SIZES, data_dir=data, out_dir=out)
-    rlhf.make_optimizer(torch.nn.Linear(1, 1), 0.1)  # imports the rest of torch, once for all
-    for death in deaths():
-        assert run_and_die(config, *death) == signal.SIGKILL
-        count += 1
-        for path in Path(out).glob("*.pt"):
-            load_checkpoint(path)
-    assert run_and_die(config, rlhf, "run", lambda *_: False) == 0
-    print(f"deaths: {count}")
-
-
-def timeless(out):
-    """log.jsonl without what is measured by the clock."""
-    return list(map(figures, dataset.read_records(out / "log.jsonl")))
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_no_kill_at_any_moment_changes_what_a_run_leaves(first_run, tmp_path):
-    """Killed 16 times in one folder: weights, log and samples are those of an undisturbed run."""
-    code = "import sys, test_rlhf; test_rlhf.die_again_and_again(*sys.argv[1:])"
-    done = python("-c", code, tmp_path / "out", first_run.data)  # forks before any thread starts
-    assert done.returncode == 0 and "deaths: 16\n" in done.stdout, done.stderr
-    for name in rlhf.FILES.values():
-        ours, theirs = (load_checkpoint(out / name) for out in (tmp_path / "out", first_run.out))
-        assert same(ours["weights"], theirs["weights"]), name
-        assert str(ours["state"]) == str(theirs["state"]) and ours["done"], name
-    assert timeless(tmp_path / "out") == timeless(first_run.out)
-    assert ((tmp_path / "out" / "samples.jsonl").read_bytes()
-            == (first_run.out / "samples.jsonl").read_bytes())
-    assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(first_run.out))
-
-
-def test_no_run_that_started_over_and_was_killed_goes_on_from_older_stages(first_run, tmp_path,
-                                                                           no_picture):
-    """--fresh removes what it will replace: the log has every stage once, in order."""
-    out, config = copied(first_run, tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        rlhf.run(config, "language_model", lambda: True)
-    assert not any((tmp_path / "out" / name).exists() for name in ("reward.pt", "policy.pt"))
-    rlhf.run(config)
-    assert timeless(tmp_path / "out") == timeless(first_run.out)
-
-
-def test_no_two_runs_write_to_one_folder(first_run, tmp_path, capsys, no_picture):
-    """The second is refused in one line; the lock ends with its holder."""
-    pytest.importorskip("fcntl")
-    out, _ = copied(first_run, tmp_path)
-    flags = [*FLAGS, "--data", first_run.data, "--out_dir", out]
-    with dataset.locked(out):
-        assert f"{out}: another run is writing there" in refused(capsys, *flags, "--fresh")
-        assert (out / "policy.pt").exists()
-    rlhf.main([str(flag) for flag in flags])
-    with pytest.raises(MemoryError), dataset.locked(out):
-        raise MemoryError
-    with dataset.locked(out):
-        pass
-
-
-def test_no_full_disk_or_unwritable_folder_costs_more_than_a_line(first_run, tmp_path, capsys,
-                                                                  monkeypatch):
-    """One line names the place; the last good checkpoint is readable, nothing half is left."""
-    out, _ = copied(first_run, tmp_path)
-    flags = [*FLAGS, "--data", first_run.data]
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(rlhf, "SAVE_EVERY", 0)
-    monkeypatch.setattr(os, "fsync", mock_raising(full, at=2))
-    line = refused(capsys, *flags, "--out_dir", out, "--fresh", "ppo")
-    assert str(out) in line and full.strerror in line
-    assert load_checkpoint(out / "policy.pt")["state"]["step"] == 1
-    assert not list(out.glob("*.tmp"))
-    monkeypatch.setattr(Path, "write_bytes", mock_raising(full, at=1))
-    assert full.strerror in refused(capsys, *flags, "--out_dir", out)
-    monkeypatch.undo()
-    (tmp_path / "file").write_text("not a directory")
-    for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert f"rlhf.py: {place}: " in refused(capsys, *flags, "--out_dir", place)
-
-
-def mock_raising(error, at):
-    """A function that does nothing, but for its call number `at`: that raises."""
-    calls = itertools.count(1)
-
-    def function(*_):
-        if next(calls) == at:
-            raise error
-    return function
-
-
-def test_no_code_in_a_checkpoint_runs(first_run, tmp_path, capsys):
-    """lm.pt may be a pickle that would make a directory: it is refused, and its stage starts."""
-    torch.save({"settings": Explosive(tmp_path / "boom")}, tmp_path / "lm.pt")
-    config = dataclasses.replace(first_run.config, out_dir=str(tmp_path))
-    data = dataset.load(first_run.data, 128, 8)
-    assert rlhf.find_checkpoint("language_model", config, data) is None
-    assert "starts anew" in capsys.readouterr().out and not (tmp_path / "boom").exists()
-    for foreign in ([1, 2], {"weights": {}}):  # readable, and not ours: not to be overwritten
-        torch.save(foreign, tmp_path / "lm.pt")
-        with pytest.raises(ValueError, match="another version of this program.*--fresh"):
-            rlhf.find_checkpoint("language_model", config, data)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(SystemExit):  # a stage is a choice, not a path
-        rlhf.parse(["--fresh", "../lm"])
-
-
-def test_no_setting_escapes_the_check(first_run, capsys):
-    """Sizes beyond every machine, and a field that was assigned to."""
-    for field in ("n_embd", "block_size", "ppo_iterations", "kl_coef"):
-        with pytest.raises(ValueError, match=f"^{field} is .*less than 2"):
-            Config(**{field: 2**31})
-    assert Config(seed=-2**70).seed == -2**70
-    for field in ("clip", "missing_eos_score", "kl_target"):
-        with pytest.raises(ValueError, match=f"^{field} is .*float32"):
-            Config(**{field: 1e300})
-    config = dataclasses.replace(first_run.config)
-    config.clip = 0.0
-    with pytest.raises(ValueError, match="^clip is 0.0"):
-        rlhf.run(config)
-    assert "not enough memory" in refused(capsys, "--data", first_run.data, "--out_dir",
-                                          first_run.out.parent / "big", "--n_embd", 2 * 10**9)
-
-
-def test_no_weight_that_is_not_finite_is_saved(first_run, tmp_path, capsys, no_picture):
-    """A last step that overflows is followed by no loss that would tell; the stage says so."""
-    line = refused(capsys, *FLAGS, "--data", first_run.data, "--out_dir",
-                   copied(first_run, tmp_path)[0], "--rm_lr", "9e37", "--rm_batch_size", "1000",
-                   "--fresh", "reward_model")
-    assert "reward_model: a weight is not finite" in line
-    assert not (tmp_path / "out" / "policy.pt").exists()
-
-
-def test_no_number_that_is_not_finite_makes_the_log_unreadable(tmp_path):
-    """JSON has no NaN: a figure that cannot be computed is null."""
-    dataset.append_record(tmp_path / "log.jsonl", {"a": math.nan, "b": -math.inf, "c": 1.5})
-    assert (tmp_path / "log.jsonl").read_text() == '{"a": null, "b": null, "c": 1.5}\n'
-
-
-def test_no_data_are_too_small(tmp_path, no_picture):
-    """One pair of one-token answers, a rank a byte, batches of one, the shortest context."""
-    directory = write_data(tmp_path / "data", [pair("", "a", "b")], corpus="x\ny\nz", prompts="p")
-    (directory / "tokenizer.tiktoken").write_bytes(b"\n".join(RANKS[:256]))
-    ones = dict.fromkeys(("lm_batch_size", "rm_batch_size", "ppo_batch_size", "minibatch_size",
-                          "ppo_epochs", "eval_prompts", "max_new_tokens", "n_head", "n_embd"), 1)
-    record = rlhf.run(Config(**SIZES | ones | {"block_size": 4}, data_dir=str(directory),
-                             out_dir=str(tmp_path / "out")))
-    assert all(math.isfinite(value) for value in record.values())
-
-
-def test_no_two_data_sets_have_one_fingerprint(tmp_path):
-    """The same bytes, but a line moved from one file to the next."""
-    a = write_data(tmp_path / "a", [GOOD_LINE], corpus=GOOD_LINE + "\nx\ny\n")
-    b = write_data(tmp_path / "b", [GOOD_LINE, GOOD_LINE], corpus="x\ny\n")
-    c = write_data(tmp_path / "c", [GOOD_LINE], corpus="x\ny\n", prompts="absent")
-    d = write_data(tmp_path / "d", [GOOD_LINE], corpus="x\ny\nabsent", prompts="p")
-    assert len({dataset.load(x, 128, 8).fingerprint for x in (a, b, c, d)}) == 4
-
-
-def test_no_line_of_megabytes_takes_long(tmp_path, shipped):
-    """10 MB of one sign, of brackets, of digits: skipped, or named by file and line."""
-    size = 10 * 2**20
-    long = {"preferences.jsonl": [b"[" * size, b"7" * size, b'{"chosen": "' + b"\\" * size],
-            "corpus.txt": [b"x\n" + b"a" * size, b"x\n" + b" " * size, b"x\n" + b"\xff" * size]}
-    for name, raws in long.items():
-        for raw in raws:
-            directory = write_data(tmp_path / "data", [GOOD_LINE], corpus="x\n")
-            (directory / name).write_bytes(raw)
-            try:
-                data = dataset.load(directory, 64, 8, shipped.encoding)
-                assert sum(data.skipped.values()) == 1
-            except dataset.DataError as error:
-                assert str(error).startswith(f"{directory / name}:")
