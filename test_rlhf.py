@@ -1131,8 +1131,9 @@ def test_scores_that_are_not_one_a_trajectory_are_refused(shape):
 
 def test_a_rollout_that_has_no_meaning_is_refused():
     """No prompt to read s_0 from, and a temperature that divides by 0 or turns the order round."""
-    for prompts, temperature, message in (([[3], []], 1.0, "no token"), ([[3]], 0.0, "more than 0"),
-                                          ([[3]], -1.0, "more than 0"), ([[3] * 9], 1.0, "context")):
+    for prompts, temperature, message in (
+            ([[3], []], 1.0, "no token"), ([[3] * 9], 1.0, "context"),
+            ([[3]], 0.0, "more than 0"), ([[3]], -1.0, "more than 0")):
         with pytest.raises(ValueError, match=message):
             rollout(tiny_gpt(), prompts, 4, 3, temperature)
 
