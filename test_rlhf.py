@@ -1235,6 +1235,7 @@ def test_no_cut_response_gets_the_score_of_one_that_ended():
     ended = rlhf.ends(own, 3)
     assert ended.any() and not ended.all() and (own.scores[~ended] != -3).all()
     close(fixed.scores, own.scores.where(ended, -3.0))
+    assert Config().missing_eos_score <= -2  # scores have std 1: lower than nearly all that ended
 
 
 def written_out(policy, e, c):
