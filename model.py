@@ -27,7 +27,7 @@ class GPTConfig:
     n_layer: int = 4        # transformer blocks
     n_head: int = 4         # attention heads; they split n_embd evenly
     n_embd: int = 128       # C, width of the residual stream
-    eos_token: int = 1023   # begins every sequence and ends every response; outside V: none ends
+    eos_token: int = 1023   # begins every sequence, ends every response; >= V: none ends
 
 
 def pack(x, valid):

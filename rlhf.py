@@ -178,14 +178,14 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
     """Sample a response to each prompt: a_t ~ π_θ(·|s_t) until the end token or T_max.
 
     p(τ) = Π_t π_θ(a_t|s_t): the prompt is given and the "environment" merely appends a_t to s_t.
-    Rows of different length write each next token at their own position; a row that has ended
-    leaves the batch. Row b's draws are its own, so that changes nothing for the others.
+    Rows of different length write each next token at their own position; rows that have ended
+    leave the batch, a fifth of it at a time. Row b's draws are its own: the others see no change.
 
     policy: GPT or ActorCritic    prompts: list of B lists of token ids, each with P >= 1
     max_new_tokens: T_max    temperature: divides the logits    generator: a seeded
     torch.Generator; None: torch's own    returns: Rollout; T is the longest response's length
-    Raises ValueError for an empty prompt, a temperature <= 0, or where prompt and response
-    exceed the context. Needs `Rollout`, `pad`, `sample_tokens`, `autocast`.
+    Raises ValueError for a prompt without a token, a temperature <= 0, or where prompt and
+    response exceed the context. Needs `Rollout`, `pad`, `sample_tokens`, `autocast`.
     """
     gpt = getattr(policy, "gpt", policy)
     device = gpt.wte.weight.device
@@ -245,7 +245,8 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
 def gather_log_probs(logits, actions):
     """log π(a_t|s_t) = logits[a_t] − log Σ_a exp(logits[a]), in float32 or better.
 
-    logits: (B, T, V), actions: (B, T) of ids, in padding too    returns: (B, T) in nats, each <= 0
+    logits: (…, V), actions: (…) of ids, in padding too; … is (B, T), or (N,) in `forward_responses`
+    returns: (…) in nats, each <= 0
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.log_softmax(logits, dim=-1).gather(-1, actions[..., None]).squeeze(-1)
@@ -256,10 +257,11 @@ def kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, kl_coef):
 
     π_ref is the frozen language model that PPO starts from, β the price of a nat away from it.
     The score of the whole response is earned by its last action, also when it was cut at T_max;
-    the KL penalty is earned where it arises. Σ_t r_t = score − β Σ_t (log π − log π_ref).
+    the KL penalty is paid where it arises. Σ_t r_t = score − β Σ_t (log π − log π_ref).
 
-    scores: (B,), log_probs, ref_log_probs, mask: (B, T), kl_coef: β    returns: (B, T), 0 after
-    the end. Source: InstructGPT 2203.02155, eq. 2 without γ; Ziegler et al. 1909.08593, eq. 2.
+    scores: (B,), log_probs, ref_log_probs, mask: (B, T), kl_coef: β
+    returns: (B, T), 0 after the end
+    Source: InstructGPT 2203.02155, eq. 2 without its pretraining term; Ziegler 1909.08593, eq. 2.
     """
     mask = mask.bool()
     rewards = -kl_coef * (log_probs - ref_log_probs).where(mask, 0)
@@ -274,14 +276,14 @@ def kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, kl_coef):
 
 
 def policy_gradient_loss(log_probs, weights, mask):
-    """A loss whose gradient estimates −∇J: −(1/N) Σ_i Σ_t log π(a_t|s_t) w_t, N trajectories.
+    """A loss whose gradient estimates −∇J: −(1/B) Σ_b Σ_t log π(a_t|s_t) w_t over B trajectories.
 
-    J(θ) = E_{τ~π_θ}[R(τ)] with R(τ) = Σ_t r_t. Since ∇p = p ∇log p and log p(τ) is Σ_t log π_θ
+    J(θ) = E_{τ~π_θ}[R(τ)], R(τ) = Σ_t γ^t r_t. Since ∇p = p ∇log p and log p(τ) is Σ_t log π_θ
     plus what does not depend on θ, ∇J = E_τ[Σ_t ∇log π_θ(a_t|s_t) w_t] with w_t = R(τ): REINFORCE.
     And since E_a[∇log π(a|s)] = ∇Σ_a π(a|s) = 0, what a_t cannot change may leave w_t: rewards
-    before t (`rewards_to_go`), any baseline b(s_t), best the value V(s_t), which leaves the
-    advantage A(s_t, a_t) (`gae`). With γ = 1 the expectation stays and the variance falls. For the
-    same reason the log π inside of r_t needs no gradient.
+    before t (`rewards_to_go`), any baseline b(s_t). With γ = 1 the expectation stays; the variance
+    falls with a good b, such as V(s_t). What is left estimates the advantage A(s_t, a_t) (`gae`:
+    unbiased if λ = 1 or V is exact). For the same reason the log π in r_t needs no gradient.
 
     log_probs, weights, mask: (B, T)    returns: (); weights are constants, without gradient
     Source: the policy gradient theorem; REINFORCE, Williams 1992; GAE 1506.02438, eq. 1.
@@ -317,7 +319,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     γ^k V(s_{t+k}), minus V(s_t). Averaged over k with weights (1−λ) λ^{k−1} that is
         A_t = Σ_l (γλ)^l δ_{t+l},    backwards from the end:    A_t = δ_t + γλ A_{t+1}
     V after the last action is 0, also of a response that was cut: its score is paid there. λ = 1
-    gives rewards-to-go minus V (no bias, most variance), λ = 0 gives δ_t (trusts V the most).
+    gives rewards-to-go minus V (no bias in ∇J, most variance), λ = 0 δ_t (trusts V the most).
     By hand, γ = 1, λ = 1/2, r = (0, 0, 1), V = (0.2, 0.4, 0.8):
         δ = (0 + 0.4 − 0.2, 0 + 0.8 − 0.4, 1 − 0.8) = (0.2, 0.4, 0.2)
         A = (0.2 + 0.25, 0.4 + 0.1, 0.2) = (0.45, 0.5, 0.2)
@@ -366,8 +368,8 @@ def ppo_policy_loss(log_probs, old_log_probs, advantages, mask, clip=0.2):
 
     Importance sampling: E_{a~π}[f(a)] = E_{a~π_old}[ρ f(a)], so samples of π_old serve a few steps
     of π. At π = π_old ∇ρ = ∇log π: the policy gradient, as a mean over tokens. ρ_t, the paper's
-    r_t(θ), is exp(log π − log π_old), not a ratio of logs. The minimum makes it a lower bound of
-    E[ρ A]: no gain from moving ρ further than ε in the good direction, full cost in the bad one.
+    r_t(θ), is exp(log π − log π_old), not a ratio of logs. The minimum makes −loss a lower
+    bound of E[ρ A]: no gain from moving ρ beyond 1 ± ε in the good direction, full cost in the bad.
     ρ_t corrects which action was taken, not how often s_t is reached: exact weights would be
     products of ratios along the trajectory.
 
@@ -398,7 +400,7 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
 def entropy(logits, mask):
     """E H[π(·|s_t)] = −E Σ_a π(a|s_t) log π(a|s_t), in nats.
 
-    logits: (…, V), mask: (…), with (B, T) for … or as here (N,)
+    logits: (…, V), mask: (…), where … is (B, T), or (N,) as in `ppo_loss`
     returns: () mean over valid steps; the log of the vocabulary's size if uniform
     Source: PPO 1707.06347, eq. 9. Needs `masked_mean`.
     """
@@ -420,8 +422,8 @@ def kl_estimates(log_probs, ref_log_probs, mask):
     """Two estimates of KL(π‖π_ref) for each sequence, from samples of π, in nats.
 
     With Δ_t = log π_ref(a_t|s_t) − log π(a_t|s_t):  k1 = Σ −Δ_t,  k3 = Σ (exp(Δ_t) − 1 − Δ_t).
-    Both are unbiased; k3 is never negative and varies less near π = π_ref. (With Δ reversed, the
-    sum estimates χ²(π‖π_ref) − KL: much the same near π_ref, far too high elsewhere.)
+    Both are unbiased; k3 is never negative and varies less near π = π_ref. (With Δ reversed, a
+    step estimates its χ² − KL, χ² = Σ_a π²/π_ref − 1: much the same near π_ref, too high far off.)
 
     log_probs, ref_log_probs, mask: (B, T)    returns: (k1 (B,), k3 (B,))
     Source: Schulman 2020, "Approximating KL divergence".
@@ -709,7 +711,7 @@ def ppo_loss(policy, batch, config, watch_entropy=True):
     watched = {"policy_loss": policy_part, "value_loss": value_part,
                "approx_kl": masked_mean(change - log_ratio, batch.mask),  # k3 of KL(π_old‖π)
                "clip_fraction": masked_mean(clipped, batch.mask)}
-    # two more passes over the logits: without a bonus, for the log of the first epoch alone
+    # Two more passes over the logits: if there is no bonus, only the first epoch's log needs them.
     if config.entropy_coef or watch_entropy:
         bonus = entropy(logits if config.entropy_coef else logits.detach(), batch.mask[batch.mask])
         loss, watched["entropy"] = loss - config.entropy_coef * bonus, bonus
@@ -1296,7 +1298,7 @@ def explain(config, prompt, step):
           f"is read at position {P - 1} + t\n")
     print("\n".join(trajectory_table(columns, tokens, config.clip)))
     print(f"\nratio: clip(π_new / π, 1 ± {config.clip:g}) after one update on this trajectory "
-          "alone,\nwhich raises it where A is above its mean; * where it was clipped\n")
+          "alone,\nwhich pushes it up where A is above its mean; * where it was clipped\n")
     if not ends(e, eos) and config.missing_eos_score is not None:
         print("the response was cut: its score is missing_eos_score")
     print("\n".join(trajectory_sums(columns, float(e.scores), config)))

@@ -3471,6 +3471,12 @@ def test_the_readmes_reward_of_ones_own_is_learned():
     assert 0 < before < 0.3 and after > before + 0.2
 
 
+def test_the_readmes_lines_time_an_iteration(capsys):
+    """One of the iterations: what it prints is a time and a rate."""
+    exec(readme("perf_counter").replace("range(6)", "range(1)"), {})
+    assert re.fullmatch(r"\d+\.\d\d s, [\d,]+ tokens/s\n", capsys.readouterr().out)
+
+
 def test_the_readmes_lines_save_a_policy(first_run, tmp_path, monkeypatch):
     """out/policy.pt in Hugging Face's layout."""
     monkeypatch.chdir(tmp_path)
