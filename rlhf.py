@@ -181,32 +181,31 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
     Rows of different length write each next token at their own position; rows that have ended
     leave the batch, a fifth of it at a time. Row b's draws are its own: the others see no change.
 
-    policy: GPT or ActorCritic    prompts: list of B lists of token ids, each with P >= 1
-    max_new_tokens: T_max    temperature: divides the logits    generator: a seeded
-    torch.Generator; None: torch's own    returns: Rollout; T is the longest response's length
-    Raises ValueError for a prompt without a token, a temperature <= 0, or where prompt and
-    response exceed the context. Needs `Rollout`, `pad`, `sample_tokens`, `autocast`.
+    policy: GPT or ActorCritic    prompts: B lists of ids, P >= 1 each    max_new_tokens: T_max
+    temperature: divides the logits    generator: a seeded one, or None for torch's own
+    returns: Rollout; T is the longest response's length. Raises ValueError for a prompt without a
+    token, a temperature <= 0, or where prompt and response exceed the context.
+    Needs `Rollout`, `pad`, `sample_tokens`, `autocast`.
     """
     gpt = getattr(policy, "gpt", policy)
     device = gpt.wte.weight.device
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, expected more than 0")
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt has no token; begin every prompt with the end token")
     tokens, given = pad(prompts, device)                                   # (B, longest P)
     (B, P), prompt_lengths = tokens.shape, given.sum(1)
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, expected more than 0")
     if P + max_new_tokens > gpt.config.block_size:
         raise ValueError(f"prompt {P} + max_new_tokens {max_new_tokens} exceed the context of "
                          f"{gpt.config.block_size} tokens")
     tokens = F.pad(tokens, (0, max_new_tokens))                            # (B, P+T)
     mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)  # (B, T)
     wide = torch.promote_types(gpt.wte.weight.dtype, torch.float32)
-    log_probs = torch.zeros(B, max_new_tokens, device=device, dtype=wide)
+    log_probs = torch.zeros_like(mask, dtype=wide)
     uniforms = torch.rand(max_new_tokens, B, generator=generator,
                           device=generator.device if generator else "cpu").to(device)
-
     rows = torch.arange(B, device=device)  # (B',) which trajectory each row still sampled is
-    alive = torch.ones(B, dtype=torch.bool, device=device)
+    alive = rows >= 0                                                      # (B',)
     with autocast(gpt):
         cache = gpt.new_cache(B, P + max_new_tokens)
         positions = torch.arange(P, device=device).expand(B, P)
@@ -226,8 +225,7 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
                 cache = [c[alive] for c in cache]
                 rows, action, alive = rows[alive], action[alive], alive[alive]
             positions = (prompt_lengths[rows] + t)[:, None]                # (B', 1)
-            seen = [c[:, :P + t + 1] for c in cache]
-            x = gpt.hidden(action[:, None], seen, positions)[:, 0]         # (B', C)
+            x = gpt.hidden(action[:, None], [c[:, :P + t + 1] for c in cache], positions)[:, 0]
 
     T = int(mask.sum(1).max())
     at = prompt_lengths[:, None] + torch.arange(T, device=device)          # (B, T)
