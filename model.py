@@ -228,7 +228,7 @@ class RewardModel(nn.Module):
         """Scores (B,) of right-padded tokens (B, S) whose rows have `lengths` (B,) tokens."""
         last = torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1
         r = self.reward_head(self.gpt.hidden(tokens, steps=last)).squeeze(-1)
-        return r.to(self.reward_head.weight.dtype)
+        return r.to(self.reward_head.weight.dtype)  # the loss is not to be computed in bf16
 
     @torch.no_grad()
     def normalize(self, scores):

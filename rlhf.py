@@ -458,6 +458,11 @@ def make_optimizer(model, lr, betas=(0.9, 0.99), eps=1e-8):
     return torch.optim.Adam(model.parameters(), lr=lr, betas=betas, eps=eps, fused=True)
 
 
+def ppo_optimizer(policy, config):
+    """Adam with ε = 1e-5, as in baselines, PPO's reference: no long step on a tiny gradient."""
+    return make_optimizer(policy, config.ppo_lr, betas=(0.9, 0.999), eps=1e-5)
+
+
 def apply_gradient(loss, model, optimizer, max_grad_norm, where):
     """Clip the gradient, step, clear it; returns the gradient's norm before clipping.
 
@@ -763,8 +768,7 @@ def train_ppo(policy, reference, reward_fn, prompts, config, state=None, on_step
     on_step and state: as in train_language_model
     """
     state = state or {"step": 0, "kl_coef": config.kl_coef}
-    # ε = 1e-5 as in PPO's reference code (baselines): it bounds the step where gradients are tiny
-    optimizer = make_optimizer(policy, config.ppo_lr, betas=(0.9, 0.999), eps=1e-5)
+    optimizer = ppo_optimizer(policy, config)
     kl_coef, history = state["kl_coef"], []
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
@@ -1254,7 +1258,7 @@ def sample(config, prompt, n=3):
         scores = reward_scores(reward_model, r)
         texts = [encoding.decode([t for t in a[m].tolist() if t != eos], errors="replace")
                  for a, m in zip(r.actions, r.mask)]
-        columns.append([name, *(f"[score {s:+.2f}, KL {k:.1f}]{text}" for s, k, text in
+        columns.append([name, *(f"[score {s:+.2f}, KL {k:z.1f}]{text}" for s, k, text in
                                 zip(scores.tolist(), kl.tolist(), texts))])
     print(prompt)
     for left, right in zip(*columns):
@@ -1283,7 +1287,7 @@ def explain(config, prompt, step):
     e = collect(policy, lm, lambda r: reward_scores(reward_model, r),
                 [[eos, *encoding.encode_ordinary(prompt)]], config,
                 seeded(config.seed, "explain", 0))
-    ppo_update(policy, make_optimizer(policy, config.ppo_lr, (0.9, 0.999), 1e-5), e, config)
+    ppo_update(policy, ppo_optimizer(policy, config), e, config)
     log_probs, _ = read_responses(policy, e, config)
     ratio = (log_probs - e.log_probs).exp()                                # (1, T)
     columns = trajectory_columns(e, ratio, config)
@@ -1320,7 +1324,7 @@ def trajectory_table(columns, tokens, clip):
     for t, (token, *row) in enumerate(zip(tokens, *columns.values())):
         token, ratio = repr(token)[1:-1].replace(" ", "·")[:9], row[-1]
         row[-1] = min(max(ratio, 1 - clip), 1 + clip)
-        cells = [f"{x:{width}.3f}" for x, width in zip(row, widths)]
+        cells = [f"{x:z{width}.3f}" for x, width in zip(row, widths)]
         if colour:  # the advantage: green where the action did better than V expected, else red
             cells[-2] = f"\033[{32 if row[-2] > 0 else 31}m{cells[-2]}\033[0m"
         lines.append(f"{t:2} {token:9} {' '.join(cells)}{'*' * (row[-1] != ratio)}")

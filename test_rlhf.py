@@ -1126,6 +1126,13 @@ def test_no_gradient_is_left_behind_by_an_early_stop():
     assert same(policy, other)
 
 
+def test_no_training_starts_without_a_prompt():
+    """An empty list, from a filter that kept nothing, is said by name."""
+    policy, train = ppo_stage()
+    with pytest.raises(ValueError, match="there is no prompt"):
+        train(policy, prompts=[])
+
+
 def test_a_copy_of_a_frozen_language_model_is_trained_whole():
     """The reference is frozen, the policy and the reward model that start from it are not."""
     lm = tiny_gpt(0).requires_grad_(False)

@@ -51,7 +51,8 @@ def ppo(config, data):
 def made_otherwise(stage, config, data):
     """Whether the folder has a stage of other settings; what matters of it is in frontier.jsonl."""
     try:
-        return rlhf.find_checkpoint(stage, config, data) is False
+        rlhf.find_checkpoint(stage, config, data)
+        return False
     except ValueError:
         return True
 
