@@ -3066,7 +3066,7 @@ def test_label_appends_each_answer_and_undoes_the_last(first_run, tmp_path, caps
     monkeypatch.setenv("COLUMNS", "70")
     rows = ask(first_run, tmp_path / "a", b"l\nr\nq\nl")
     shown = capsys.readouterr().out
-    assert len(rows) == 2 and f"2 answers in {tmp_path / 'a'}" in shown
+    assert len(rows) == 2 and f"answers in {tmp_path / 'a' / 'preferences.jsonl'}: 2;" in shown
     assert all(len(line) <= 70 for line in shown.splitlines()[:-1])
     assert all(x in shown and w != l for x, w, l in rows)
     other = ask(first_run, tmp_path / "b", b"\x1b[C?\x1b[D")  # the other way, ended by the pipe
@@ -3107,7 +3107,7 @@ def test_label_asks_no_pair_twice_and_goes_on_after_a_torn_end(first_run, tmp_pa
     monkeypatch.setattr(rlhf, "seeded", lambda seed, stage, step: seeded(seed, stage, step - 4))
     assert len(rows) == 4 and ask(first_run, tmp_path, b"q") == rows
     both = ask(first_run, tmp_path, b"rrrr")
-    assert f"8 answers in {path}" in capsys.readouterr().out
+    assert f"answers in {path}: 8;" in capsys.readouterr().out
     assert both[:4] == rows and len({(x, *sorted((w, l))) for x, w, l in both}) == 8
 
 

@@ -166,7 +166,7 @@ def label(out, directory, fd=0):
         seen = {(prompt, frozenset((chosen, rejected))) for prompt, chosen, rejected in rows}
         count = sitting(file, questions(model, config, data, seen, len(rows)), fd)
     init = f" --init {config.init}" if config.init else ""
-    print(f"\n{len(rows) + count} answers in {path}, to train on: "
+    print(f"\nanswers in {path}: {len(rows) + count}; to train on them: "
           f"python rlhf.py --data {directory} --out_dir out_labels{init}")
 
 
