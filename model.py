@@ -50,7 +50,8 @@ class Attention(nn.Module):
     """Causal self-attention, softmax(q kᵀ / √hs) v, over the keys at positions <= the query's.
 
     x (N, C) holds the places `valid` (N,) of the shape (B, S). With a cache (B, K, 2C), `seen`
-    (B, 1, S, K) says which of its keys a query sees; see GPT.hidden.
+    (B, 1, S, K) says which of its keys a query sees; with `last` (B,), each row has one query,
+    there; see GPT.hidden.
     """
 
     def __init__(self, config):
@@ -59,18 +60,26 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, shape, valid, cache, positions, seen):
+    def forward(self, x, shape, valid, read, last, cache, positions, seen):
         (B, S), C = shape, x.shape[-1]                                     # x (N, C), packed
-        qkv = unpack(self.c_attn(x), valid, shape)                         # (B, S, 3C)
-        q, k, v = qkv.unflatten(2, (3, self.n_head, -1)).unbind(2)         # 3 × (B, S, nh, hs)
+        if last is None:
+            q, k, v = unpack(self.c_attn(x), valid, shape).chunk(3, 2)     # 3 × (B, S, C)
+        else:
+            w, b = self.c_attn.weight, self.c_attn.bias
+            q = F.linear(x.index_select(0, read), w[:C], b[:C])[:, None]   # (B, 1, C)
+            k, v = unpack(F.linear(x, w[C:], b[C:]), valid, shape).chunk(2, 2)  # 2 × (B, S, C)
+            seen = (torch.arange(S, device=x.device) <= last[:, None])[:, None, None]
+            valid = read = None  # no query is padding, each is read
         if cache is not None:
             # Each row writes at its own positions, and sees no key after them: what an earlier,
             # padded write left there is garbage.
-            cache[torch.arange(B, device=x.device)[:, None], positions] = qkv[:, :, C:].to(cache)
-            k, v = cache.to(q).unflatten(2, (2, self.n_head, -1)).unbind(2)  # 2 × (B, K, nh, hs)
-        y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), attn_mask=seen,
-                                           is_causal=cache is None)        # (B, nh, S, hs)
-        return self.c_proj(pack(y.transpose(1, 2).reshape(B, S, C), valid))
+            rows = torch.arange(B, device=x.device)[:, None]
+            cache[rows, positions] = torch.cat([k, v], 2).to(cache)
+            k, v = cache.to(q).chunk(2, 2)                                 # 2 × (B, K, C)
+        q, k, v = (z.unflatten(2, (self.n_head, -1)).transpose(1, 2) for z in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
+        y = pack(y.transpose(1, 2).flatten(2), valid)  # (B, nh, S, hs) -> (N, C)
+        return self.c_proj(y if read is None else y.index_select(0, read))
 
 
 class MLP(nn.Module):
@@ -95,10 +104,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, read, shape, valid, cache, positions, seen):
-        x = x + self.attn(self.ln_1(x), shape, valid, cache, positions, seen)  # (N, C)
-        if read is not None:  # the states that no later layer reads end here
-            x = x.index_select(0, read)
+    def forward(self, x, shape, valid, read, last, cache, positions, seen):
+        y = self.attn(self.ln_1(x), shape, valid, read, last, cache, positions, seen)
+        x = y + (x if read is None else x.index_select(0, read))           # (N, C)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -124,18 +132,22 @@ class GPT(nn.Module):
                 depth = math.sqrt(2 * config.n_layer) if "c_proj" in name else 1
                 nn.init.normal_(p, std=std / depth, generator=generator)
 
-    def hidden(self, tokens, cache=None, positions=None, steps=None):
+    def hidden(self, tokens, cache=None, positions=None, steps=None, last=None):
         """Final hidden states (B, S, C) of tokens (B, S), or (N, C) where `steps` (B, S) is True.
 
         Without a cache, row b's token s stands at position s, and rows are right-padded; with
-        `steps`, what lies behind a row's last True is skipped, and the last MLP works at `steps`
-        alone. With a cache (see `new_cache`), token s of row b stands at positions[b, s], its key
-        and value are written there, and it attends to the cached keys at positions <= its own.
+        `steps`, what lies behind a row's last True is skipped, and the last layer works at `steps`
+        alone, but for its keys and values. `last` (B,) asks for the state of one place a row,
+        (B, C), for which the last layer needs one query a row. With a cache (see `new_cache`),
+        token s of row b stands at positions[b, s], its key and value are written there, and it
+        attends to the cached keys at positions <= its own.
         """
         (B, S), valid, read = tokens.shape, None, None
         if S > self.config.block_size:
             raise ValueError(f"{S} tokens do not fit the context of {self.config.block_size}")
         at = torch.arange(S, device=tokens.device)
+        if last is not None:
+            steps = at == last[:, None]
         if steps is not None:
             lengths = (steps * (at + 1)).amax(1)                           # (B,) read up to there
             S = int(lengths.max())
@@ -148,8 +160,8 @@ class GPT(nn.Module):
                           <= positions[:, None, :, None])                  # (B, 1, S, K)
         x = self.wte(pack(tokens, valid)) + self.wpe(pack(positions, valid))  # (N, C)
         for i, block in enumerate(self.h):
-            x = block(x, read if i == len(self.h) - 1 else None, (B, S), valid,
-                      cache and cache[i], positions, seen)
+            needed = (read, last) if i == len(self.h) - 1 else (None, None)
+            x = block(x, (B, S), valid, *needed, cache and cache[i], positions, seen)
         x = self.ln_f(x)
         return x.unflatten(0, (B, S)) if steps is None else x
 
@@ -226,8 +238,7 @@ class RewardModel(nn.Module):
 
     def forward(self, tokens, lengths):
         """Scores (B,) of right-padded tokens (B, S) whose rows have `lengths` (B,) tokens."""
-        last = torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1
-        r = self.reward_head(self.gpt.hidden(tokens, steps=last)).squeeze(-1)
+        r = self.reward_head(self.gpt.hidden(tokens, last=lengths - 1)).squeeze(-1)  # (B,)
         return r.to(self.reward_head.weight.dtype)  # the loss is not to be computed in bf16
 
     @torch.no_grad()

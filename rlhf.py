@@ -526,6 +526,7 @@ def train_language_model(model, documents, config, state=None, on_step=None):
 def language_model_loss(model, documents, batch_size=8):
     """Mean −log π of a token of the documents, in nats."""
     total, count = 0.0, 0
+    documents = sorted(documents, key=len)  # so that little of a batch is padding
     for i in range(0, len(documents), batch_size):
         tokens, mask = pad(documents[i:i + batch_size], model.wte.weight.device)
         with autocast(model):
@@ -585,6 +586,7 @@ def train_reward_model(reward_model, pairs, reference, prompts, config, state=No
 def reward_model_accuracy(reward_model, pairs, batch_size=64):
     """Share of pairs whose chosen side scores higher; a tie counts half."""
     right = 0.0
+    pairs = sorted(pairs, key=lambda pair: sum(map(len, pair)))  # little of a batch is padding
     for i in range(0, len(pairs), batch_size):
         chosen, rejected = score_pairs(reward_model, pairs[i:i + batch_size])
         right += float((chosen > rejected).sum() + 0.5 * (chosen == rejected).sum())
