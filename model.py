@@ -49,7 +49,7 @@ def unpack(x, valid, shape):
 class Attention(nn.Module):
     """Causal self-attention, softmax(q kᵀ / √hs) v, over the keys at positions <= the query's.
 
-    x (N, C) holds the places `valid` (N,) of the shape (B, S); the result is wanted at `read`, which
+    x (N, C) holds the places `valid` (N,) of the shape (B, S). Results are wanted at `read`, which
     counts in x (None: everywhere). With `last` (B,), each row has one query, there. With a cache
     (B, K, 2C), `seen` (B, 1, S, K) says which of its keys a query sees. See GPT.hidden.
     """
