@@ -69,7 +69,7 @@ class Attention(nn.Module):
             q = F.linear(x.index_select(0, read), w[:C], b[:C])[:, None]   # (B, 1, C)
             k, v = unpack(F.linear(x, w[C:], b[C:]), valid, shape).chunk(2, 2)  # 2 × (B, S, C)
             seen = (torch.arange(S, device=x.device) <= last[:, None])[:, None, None]
-            valid = read = None  # no query is padding, each is read
+            valid = read = None  # a query a row: none is padding, all are read
         if cache is not None:
             # Each row writes at its own positions, and sees no key after them: what an earlier,
             # padded write left there is garbage.
@@ -160,6 +160,7 @@ class GPT(nn.Module):
                           <= positions[:, None, :, None])                  # (B, 1, S, K)
         x = self.wte(pack(tokens, valid)) + self.wpe(pack(positions, valid))  # (N, C)
         for i, block in enumerate(self.h):
+            # Of the last layer's states none but those asked for is read, by a layer or the caller.
             needed = (read, last) if i == len(self.h) - 1 else (None, None)
             x = block(x, (B, S), valid, *needed, cache and cache[i], positions, seen)
         x = self.ln_f(x)
