@@ -1,31 +1,32 @@
 """Reads and checks a data directory, and keeps the JSON-lines files of a run.
 
-A line that is broken stops the program: DataError, one line `FILE:LINE: problem, expectation`.
+A broken line stops the program: DataError, one line `FILE:LINE: problem, expectation`.
 A row that is unusable (identical answers, no room, …) is skipped and counted by its reason.
-Data is data: nothing in a data directory is imported, executed, or used as a path.
+Nothing in a data directory is imported, executed, or used as a path.
 """
 import base64
-import binascii
 import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import tiktoken
 
-SHIPPED = Path(__file__).resolve().parent
-# A word with its leading space, a number, a run of signs, or white space: every text matches.
+SHIPPED = Path(__file__).resolve().parent / "reviews"
+# A word with its leading space, a number, signs, or white space: every text splits into these.
 PATTERN = r" ?\p{L}+(?:'\p{L}+)?| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
-HELD_OUT = 0.1     # share of documents, pairs and prompts that nothing trains on
-LONGEST_TOKEN = 1024  # bytes; with longer ones a line of some megabytes takes minutes to encode
+PIECE = re.compile(r" ?[^\W\d_]+(?:'[^\W\d_]+)?| ?\d+| ?(?:[^\w\s]|_)+|\s+")  # for Python's re
+WORDS = 4000       # whole words of a tokenizer that is made, the commonest
+LONGEST_TOKEN = 64  # bytes; a line of megabytes would otherwise take minutes to encode
+HELD_OUT = 0.1     # share of documents, comparisons and prompts that nothing trains on
 TURN = "\n\nAssistant:"
-FORMS = ('expected {"prompt", "chosen", "rejected"} or {"chosen", "rejected"}, '
-         "each a text")
+FORMS = ('expected {"prompt", "chosen", "rejected"}, {"prompt", "responses": [best, ..., worst]} '
+         'or {"chosen", "rejected"}, each a text')
 
 
 class DataError(ValueError):
@@ -34,31 +35,99 @@ class DataError(ValueError):
 
 @dataclass
 class Split:
-    """What trains, or what is held out. Tokens throughout; every list may be empty."""
-    documents: list = field(default_factory=list)  # [eos, …, eos]
-    pairs: list = field(default_factory=list)      # (prompt [eos, …], chosen [… eos], rejected)
-    prompts: list = field(default_factory=list)    # [eos, …]
+    """What trains, or what is held out, as lists of token ids."""
+    documents: list = field(default_factory=list)    # [eos, …, eos]
+    comparisons: list = field(default_factory=list)  # (prompt [eos, …], responses [… eos] by rank)
+    prompts: list = field(default_factory=list)      # [eos, …]
 
 
 @dataclass
 class Dataset:
     """A data directory as tokens, with its tokenizer and an account of what was skipped."""
     encoding: tiktoken.Encoding
-    eos_token: int
     train: Split
     held_out: Split
     skipped: Counter   # "preferences.jsonl: identical answers" -> rows
-    notes: list        # one line each: what else a reader of the run should know
+    notes: list        # lines: what else the reader of a run should know
     fingerprint: str   # sha256 of every byte that was read
     shipped: bool      # is this the data whose true reward is known?
-    init: str | None = None  # sha256 of the weights that training starts from, if there are any
+
+    @property
+    def eos_token(self):
+        """The end-of-text token; its id is the last one."""
+        return self.encoding.eot_token
 
     def text(self, tokens):
         """The text of a list of tokens, without end tokens; broken UTF-8 shows as U+FFFD."""
         return self.encoding.decode([t for t in tokens if t != self.eos_token], errors="replace")
 
 
-# --------------------------------------------------------------------------- reading lines
+# ------------------------------------------------------------------------------------- tokenizers
+
+
+def make_encoding(tokens, pattern=PATTERN, name="rlhf"):
+    """tiktoken.Encoding of byte strings in the order of their ranks, and the end of text after."""
+    return tiktoken.Encoding(name, pat_str=pattern,
+                             mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+                             special_tokens={"<|endoftext|>": len(tokens)})
+
+
+def encoding_state(encoding):
+    """All that `make_encoding` needs to make the same tokenizer again: a checkpoint keeps it."""
+    ranks = encoding._mergeable_ranks
+    return {"tokens": sorted(ranks, key=ranks.get), "pattern": encoding._pat_str,
+            "name": encoding.name}
+
+
+def train_encoding(texts):
+    """A tokenizer of 256 bytes and the commonest words of `texts`, each whole with its space.
+
+    tiktoken looks a whole word up before it merges bytes, so a model writes words and not letters.
+    """
+    counts = Counter(piece for text in texts for piece in PIECE.findall(text))
+    counts = {piece.encode(): n for piece, n in counts.items()}
+    common = sorted(counts, key=lambda piece: (-counts[piece], piece))
+    words = [piece for piece in common if 1 < len(piece) <= LONGEST_TOKEN]
+    return make_encoding([bytes([byte]) for byte in range(256)] + words[:WORDS])
+
+
+def read_encoding(path):
+    """The tokenizer of a file of BPE ranks, checked first: tiktoken panics on some that are wrong.
+
+    One line per token: its bytes in base64, a space, its rank; the ranks count up from 0.
+    """
+    tokens = {}
+    for number, line in read_lines(path):
+        if line.strip():
+            word, _, rank = line.partition(" ")
+            try:
+                token = base64.b64decode(word, validate=True)
+            except ValueError:
+                token = b""
+            if not 1 <= len(token) <= 1024 or token in tokens or rank.strip() != str(len(tokens)):
+                raise DataError(f"{path}:{number}: not a new token and its rank, expected base64 "
+                                f"of at most 1,024 bytes, a space, and {len(tokens)}")
+            tokens[token] = number
+    missing = [byte for byte in range(256) if bytes([byte]) not in tokens]
+    if missing:
+        raise DataError(f"{path}:{len(tokens) + 1}: no token for the byte 0x{missing[0]:02x}, "
+                        "expected all 256, so that every text encodes")
+    return make_encoding(list(tokens))
+
+
+def gpt2_encoding():
+    """GPT-2's tokenizer, which tiktoken downloads once."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:  # its files are named by the hash of their address
+        raise DataError(
+            f"tiktoken cannot download its gpt2 encoding ({type(error).__name__}); offline, "
+            "set TIKTOKEN_CACHE_DIR to a directory with GPT-2's vocab.bpe as "
+            "6d1cbeee0f20b3d9449abfede4726ed8212e3aee and encoder.json as "
+            "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6") from None
+
+
+# ------------------------------------------------------------------------------------------ lines
 
 
 def read_lines(path):
@@ -72,97 +141,53 @@ def read_lines(path):
                             f"{error.start + 1} is not UTF-8, expected UTF-8 text") from None
 
 
-def read_pairs(path):
-    """(prompt, chosen, rejected) of each line of a preferences file; None for a blank line."""
+def read_preferences(path):
+    """(prompt, responses best first) of each line of a preferences file; None for a blank line."""
     for number, line in read_lines(path):
         if not line.strip():
             if line:
                 yield None
             continue
-        where = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            yield parse_preference(json.loads(line))
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}; {FORMS}") from None
         except (ValueError, RecursionError) as error:
-            problem = getattr(error, "msg", "nested too deeply or too large a number")
-            raise DataError(f"{where}: not JSON ({problem}), {FORMS}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: not a JSON object, {FORMS}")
-        for key in ("chosen", "rejected"):
-            if key not in row:
-                raise DataError(f"{where}: no {key!r}, {FORMS}")
-        for key in ("prompt", "chosen", "rejected"):
-            value = row.get(key, "")
-            if isinstance(value, list):
-                raise DataError(f"{where}: {key!r} is a list of messages, a conversational form "
-                                f"that is not read; {FORMS}")
-            if not isinstance(value, str):
-                raise DataError(f"{where}: {key!r} is not text, {FORMS}")
-            if any("\ud800" <= c <= "\udfff" for c in value):
-                raise DataError(f"{where}: {key!r} has half a surrogate pair, {FORMS}")
-        yield split_prompt(row)
+            problem = getattr(error, "msg", "nested too deeply, or too large a number")
+            raise DataError(f"{path}:{number}: not JSON ({problem}); {FORMS}") from None
 
 
-def split_prompt(row):
-    """(prompt, chosen, rejected) of a row; an implicit prompt is made explicit.
+def parse_preference(row):
+    """(prompt, responses best first) of the JSON value of one line, in any of the three forms.
 
-    It is the longest common prefix that ends at an assistant's turn: \"\\n\\nAssistant:\".
+    Without a prompt, it is the longest common prefix that ends at "\\n\\nAssistant:".
     """
-    chosen, rejected = row["chosen"], row["rejected"]
-    if "prompt" in row:
-        return row["prompt"], chosen, rejected
-    common = os.path.commonprefix([chosen, rejected])
-    at = common.rfind(TURN)
-    prompt = common[:at + len(TURN)] if at >= 0 else ""
-    return prompt, chosen[len(prompt):], rejected[len(prompt):]
+    if not isinstance(row, dict):
+        raise DataError("not a JSON object")
+    keys = ("prompt", "responses") if "responses" in row else ("chosen", "rejected")
+    for key in keys:
+        if key not in row:
+            raise DataError(f"no {key!r}")
+    responses = row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise DataError("'responses' is not a list of at least two")
+    prompt = row.get("prompt", "")
+    for text in (prompt, *responses):
+        if isinstance(text, list):
+            raise DataError("a list of messages, a conversational form that is not read")
+        if not isinstance(text, str):
+            raise DataError(f"a value is not text but {type(text).__name__}")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise DataError("a text has half a surrogate pair")
+    if "prompt" not in row:
+        common = os.path.commonprefix(responses)
+        if TURN in common:
+            prompt = common[:common.rfind(TURN) + len(TURN)]
+        responses = [text[len(prompt):] for text in responses]
+    return prompt, responses
 
 
-def read_tokenizer(path):
-    """tiktoken.Encoding of a file of BPE ranks, with one more token, the end of text.
-
-    The file is checked first: tiktoken panics on some that are wrong.
-    """
-    ranks = {}
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        expected = f"expected base64 of a token, a space, and its rank {len(ranks)}"
-        try:
-            token, rank = line.split(" ")
-            token = base64.b64decode(token, validate=True)
-        except (ValueError, binascii.Error):
-            raise DataError(f"{path}:{number}: not a token and its rank, {expected}") from None
-        if not token or token in ranks:
-            raise DataError(f"{path}:{number}: empty or repeated token, {expected}")
-        if len(token) > LONGEST_TOKEN:
-            raise DataError(f"{path}:{number}: a token of {len(token):,} bytes, expected at most "
-                            f"{LONGEST_TOKEN:,}")
-        if rank.strip() != str(len(ranks)):
-            raise DataError(f"{path}:{number}: rank {rank.strip()[:20]!r}, {expected}")
-        ranks[token] = len(ranks)
-    for byte in range(256):
-        if bytes([byte]) not in ranks:
-            raise DataError(f"{path}:{len(ranks) + 1}: no token for the byte 0x{byte:02x}, "
-                            "expected all 256, so that every text encodes")
-    return tiktoken.Encoding("rlhf", pat_str=PATTERN, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": len(ranks)})
-
-
-def tokenizer_of(data_dir, init=None):
-    """The tokenizer of a data directory, else the shipped one; with GPT-2's weights, GPT-2's."""
-    if init:
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except (OSError, ValueError) as error:  # its files are named by the hash of their address
-            raise DataError(
-                f"tiktoken cannot download its gpt2 encoding ({type(error).__name__}); offline, "
-                "set TIKTOKEN_CACHE_DIR to a directory with GPT-2's vocab.bpe as "
-                "6d1cbeee0f20b3d9449abfede4726ed8212e3aee and encoder.json as "
-                "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6") from None
-    own = Path(data_dir) / "tokenizer.tiktoken"
-    return read_tokenizer(own if own.is_file() else SHIPPED / "tokenizer.tiktoken")
-
-
-# --------------------------------------------------------------------------- a data directory
+# ------------------------------------------------------------------------------- a data directory
 
 
 def held_out(text):
@@ -170,203 +195,165 @@ def held_out(text):
     return hashlib.sha256(text.encode()).digest()[0] < 256 * HELD_OUT
 
 
-def find_files(data_dir):
-    """{name: path} of a data directory; DataError if what it must hold is not there."""
-    if not data_dir.is_dir():
-        raise DataError(f"{data_dir}: no such directory, expected one with preferences.jsonl")
-    files = {name: data_dir / name for name in
-             ("preferences.jsonl", "corpus.txt", "prompts.txt", "tokenizer.tiktoken")}
-    if not files["preferences.jsonl"].is_file():
-        raise DataError(f"{files['preferences.jsonl']}: no such file, {FORMS} a line")
-    if not files["tokenizer.tiktoken"].is_file():
-        files["tokenizer.tiktoken"] = SHIPPED / "tokenizer.tiktoken"
-    return files
-
-
 def load(data_dir, block_size, max_new_tokens, encoding=None):
     """Read a data directory for a context of `block_size`; DataError if it is broken.
 
-    An `encoding` that is given is used instead of the directory's own.
-    Held out are: documents by their own hash; pairs and prompts by the prompt's hash, so that a
-    held-out prompt is in no training pair (pairs without a prompt, by their answers' hash); and
-    every document that is a held-out pair's text.
+    encoding: used instead of the directory's own (GPT-2's, for GPT-2's weights). Held out are
+    documents by their own hash, prompts and comparisons by the prompt's hash (without a prompt, by
+    the responses'), and every document that is a held-out comparison's text.
     """
     data_dir = Path(data_dir)
-    files = find_files(data_dir)
-    encoding = encoding or read_tokenizer(files["tokenizer.tiktoken"])
-    eos, skipped, notes = encoding.eot_token, Counter(), []
-    if encoding.name == "gpt2" and (data_dir / "tokenizer.tiktoken").is_file():
+    names = ("preferences.jsonl", "corpus.txt", "prompts.txt", "tokenizer.tiktoken")
+    files = {name: data_dir / name for name in names if (data_dir / name).is_file()}
+    if "preferences.jsonl" not in files:
+        raise DataError(f"{data_dir / 'preferences.jsonl'}: no such file, {FORMS}, one per line")
+
+    # Read the texts, and put each on its side: training (False) or held out (True).
+    rows = list(read_preferences(files["preferences.jsonl"]))
+    comparisons = [row and (*row, held_out(row[0] or "\n".join(sorted(row[1])))) for row in rows]
+    rows = [row for row in comparisons if row]
+    held_texts = {prompt + text for prompt, texts, out in rows if out for text in texts}
+    if "corpus.txt" in files:
+        documents = [line for _, line in read_lines(files["corpus.txt"]) if line]
+        documents = [(text, held_out(text) or text in held_texts) for text in documents]
+    else:
+        documents = [(row[0] + row[1][0], row[2] or row[0] + row[1][0] in held_texts)
+                     for row in rows]
+    prompts = [row[0] for row in rows]
+    if "prompts.txt" in files:
+        prompts = [line for _, line in read_lines(files["prompts.txt"]) if line.strip()]
+
+    # Find the tokenizer, or make one from the training text.
+    notes = []
+    if encoding is not None and "tokenizer.tiktoken" in files:
         notes.append("tokenizer.tiktoken is not used: the weights need GPT-2's tokenizer")
-    train, held, longest = Split(), Split(), max(map(len, encoding.token_byte_values()))
+    elif encoding is None and "tokenizer.tiktoken" in files:
+        encoding = read_encoding(files["tokenizer.tiktoken"])
+    elif encoding is None:
+        texts = [text for row in rows if not row[2] for text in (row[0], *row[1])]
+        encoding = train_encoding(texts + [text for text, out in documents if not out])
+    if "corpus.txt" not in files:
+        notes.append("no corpus.txt: the language model learns from prompt + best response")
+
+    # Encode what fits the context, and count what does not.
+    splits, skipped = encode_all(comparisons, documents, dict.fromkeys(prompts), encoding,
+                                 block_size, max_new_tokens, set(files))
+    share_what_is_too_little(*splits, notes, skipped, data_dir)
+    return Dataset(encoding, *splits, skipped, notes, fingerprint(files),
+                   data_dir.resolve() == SHIPPED)
+
+
+def encode_all(comparisons, documents, prompts, encoding, block_size, max_new_tokens, files):
+    """((training Split, held-out Split), Counter of what is unusable, by file and reason)."""
+    eos, skipped, sides = encoding.eot_token, Counter(), (Split(), Split())
+    longest = max(map(len, encoding.token_byte_values()))
 
     def encode(text, room):
         """Tokens of plain text, or None if they are more than `room`."""
-        if len(text.encode()) > room * longest:  # spares tiktoken a hopeless megabyte
+        if len(text) > room * longest:  # spares tiktoken a hopeless megabyte
             return None
         tokens = encoding.encode_ordinary(text)
         return tokens if len(tokens) <= room else None
 
-    prompts, held_texts, documents = {}, set(), []
-    for pair in read_pairs(files["preferences.jsonl"]):
-        reason, row = "blank line", None
-        if pair:
-            prompts[pair[0]] = None
-            reason, row = encode_pair(pair, encode, block_size, eos)
+    for row in comparisons:
+        reason, tokens = comparison_tokens(row, encode, block_size, eos)
         if reason:
             skipped[f"preferences.jsonl: {reason}"] += 1
-            continue
-        prompt, chosen, rejected = pair
-        out = held_out(prompt or "\n".join(sorted((chosen, rejected))))
-        (held if out else train).pairs.append(row)
-        if out:
-            held_texts.update((prompt + chosen, prompt + rejected))
-        documents.append((prompt + chosen, out))
-
-    source = "corpus.txt"
-    if files[source].is_file():
-        documents = [(line, held_out(line)) for _, line in read_lines(files[source]) if line]
-    else:
-        source = "preferences.jsonl"
-        notes.append("no corpus.txt: the language model learns from prompt + chosen")
-    documents = [(text, out or text in held_texts) for text, out in documents]
-    keep_documents(documents, source, encode, block_size, eos, train, held, skipped)
-
-    source = "preferences.jsonl"
-    if files["prompts.txt"].is_file():
-        source = "prompts.txt"
-        lines = [line for _, line in read_lines(files[source])]
-        prompts = dict.fromkeys(line for line in lines if line.strip())
-    # One token of room stays for the end token that a cut response is judged with.
-    room = block_size - max_new_tokens - 2
-    keep_prompts(prompts, source, encode, room, eos, train, held, skipped)
-
-    share_what_is_too_little(train, held, notes, data_dir)
-    return Dataset(encoding, eos, train, held, skipped, notes, fingerprint(files),
-                   data_dir.resolve() == SHIPPED)
-
-
-def keep_prompts(prompts, source, encode, room, eos, train, held, skipped):
-    """Put each prompt as [eos, …] on its side, or count it where it is longer than `room`."""
-    for prompt in prompts:
-        tokens = encode(prompt, room)
-        if tokens is None:
-            skipped[f"{source}: prompt leaves no room for a response"] += 1
         else:
-            (held if held_out(prompt) else train).prompts.append([eos, *tokens])
+            sides[row[2]].comparisons.append(tokens)
 
-
-def fingerprint(files):
-    """sha256 of the files' contents: another byte is other data."""
-    digest = hashlib.sha256()
-    for path in files.values():
-        digest.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"absent")
-    return digest.hexdigest()
-
-
-def keep_documents(documents, source, encode, block_size, eos, train, held, skipped):
-    """Put each (text, held out?) as [eos, …, eos] on its side, or count why it is unusable."""
+    source = "corpus.txt" if "corpus.txt" in files else "preferences.jsonl"
     for text, out in documents:
         tokens = encode(text, block_size - 2) if text.strip() else []
         if tokens:
-            (held if out else train).documents.append([eos, *tokens, eos])
+            sides[out].documents.append([eos, *tokens, eos])
         else:
             reason = "blank line" if tokens == [] else "document longer than the context"
             skipped[f"{source}: {reason}"] += 1
 
+    source = "prompts.txt" if "prompts.txt" in files else "preferences.jsonl"
+    for text in prompts:
+        tokens = encode(text, block_size - max_new_tokens - 1)
+        if tokens is None:
+            skipped[f"{source}: prompt leaves no room for a response"] += 1
+        else:
+            sides[held_out(text)].prompts.append([eos, *tokens])
+    return sides, skipped
 
-def encode_pair(pair, encode, block_size, eos):
-    """(None, row of tokens), or (why the pair is unusable, None)."""
-    prompt, chosen, rejected = pair
-    if chosen == rejected:
+
+def comparison_tokens(row, encode, block_size, eos):
+    """(None, (prompt, responses) in tokens), or (why the row is unusable, None)."""
+    if row is None:
+        return "blank line", None
+    prompt, responses = row[0], list(dict.fromkeys(row[1]))  # a tie says nothing: dropped
+    if len(responses) < 2:
         return "identical answers", None
-    if not chosen.strip() or not rejected.strip():
+    if not all(text.strip() for text in responses):
         return "empty answer", None
-    rows = [encode(text, block_size) for text in pair]
-    if None in rows or len(rows[0]) + max(len(rows[1]), len(rows[2])) + 2 > block_size:
+    prompt, *responses = (encode(text, block_size) for text in (prompt, *responses))
+    if prompt is None or None in responses:
         return "no room within the context", None
-    return None, ([eos, *rows[0]], [*rows[1], eos], [*rows[2], eos])
+    if len(prompt) + max(map(len, responses)) + 2 > block_size:
+        return "no room within the context", None
+    return None, ([eos, *prompt], [[*tokens, eos] for tokens in responses])
 
 
-def share_what_is_too_little(train, held, notes, data_dir):
+def fingerprint(files):
+    """sha256 of the files' names and contents: another byte is other data."""
+    digest = hashlib.sha256()
+    for name, path in files.items():
+        digest.update(f"{name}: {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def share_what_is_too_little(train, held, notes, skipped, data_dir):
     """Where hashing left one side empty, both sides use what there is, and a note says so."""
-    for name in ("documents", "pairs", "prompts"):
+    for name in ("documents", "comparisons", "prompts"):
         a, b = getattr(train, name), getattr(held, name)
         if not a and not b:
-            raise DataError(f"{data_dir}: no usable {name}, expected at least one")
+            why = "; ".join(f"{n:,} rows of {reason}" for reason, n in sorted(skipped.items()))
+            raise DataError(f"{data_dir}: no usable {name}, expected at least one ({why or 'no rows'}"
+                            "); a larger --block_size makes room for longer texts")
         if not a or not b:
             setattr(train, name, a or b)
             setattr(held, name, a or b)
             notes.append(f"too few {name} to hold any out: measured on the ones that train")
 
 
-# --------------------------------------------------------------------------- a run's JSON lines
+# ------------------------------------------------------------------------------ a run's JSON lines
 
 
 @contextlib.contextmanager
-def locked(directory):
-    """Hold a run's directory for this process alone; BlockingIOError if another one holds it.
-
-    The lock is the kernel's, on the directory itself: it ends with the process, however that ends.
-    Where there is none (Windows, some network file systems) nothing is refused.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    held = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(held)
-        raise BlockingIOError(errno.EWOULDBLOCK, "another run is writing there; wait for its end, "
-                              "or take another --out_dir", str(directory)) from None
-    except OSError:
-        pass
+def naming(path):
+    """A full disk comes without a file name: errors within say `path`."""
     try:
         yield
-    finally:
-        os.close(held)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def append_record(path, record):
     """Append one JSON object as a line, in a single write."""
-    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v
-              for k, v in record.items()}  # JSON has no NaN
-    with open(path, "a", encoding="utf-8") as file:
+    record = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+              for name, value in record.items()}  # JSON has no NaN
+    with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
-def keep_records(path, steps):
-    """Cut log.jsonl back to a checkpoint, what came after it is done again: keep the lines of
-    each stage up to step steps[stage], and no line that was torn by a kill or a full disk."""
-    path, kept = Path(path), []
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            row = json.loads(line)
-            if row["step"] <= steps.get(row["stage"], 0):
-                kept.append(line + b"\n")
-    write_atomically(path, b"".join(kept))
+def read_records(path):
+    """The JSON objects of a file's lines, without a line that a kill or a full disk tore."""
+    records = []
+    for line in Path(path).read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
+    return records
 
 
 def write_records(path, records):
-    """Write JSON objects, one a line, all or none of them."""
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_atomically(Path(path), lines.encode())
-
-
-def write_atomically(path, raw):
-    """Write bytes under a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(raw)
+    """Replace a file by these JSON objects, one per line: a reader sees the old file or the new."""
+    temporary = Path(f"{path}.tmp")
+    with naming(path):
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
         os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def read_records(path):
-    """The JSON objects of a file that this module wrote."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
