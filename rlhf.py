@@ -1025,7 +1025,7 @@ def run_stage(stage, model, train, checkpoint, log, config, data, eps=1e-8):
         seconds = time.perf_counter() - start
         if stage == "ppo" or last["step"] % 10 == 0 or last["step"] == last["steps"]:
             rows.append({"stage": stage, "seconds": seconds, **last})
-            dataset.append_record(path.with_name("log.jsonl"), rows[-1])
+            dataset.write_records(path.with_name("log.jsonl"), rows[-1:], "a")
         show.progress(stage, seconds, last)
         if time.perf_counter() - saved > SAVE_EVERY:
             save(done=False)
@@ -1142,7 +1142,7 @@ def run(config, fresh=None):
     seconds["evaluation"] = time.perf_counter() - start
     record |= {f"seconds_{name}": s for name, s in seconds.items()}
     record["seconds"] = sum(seconds.values())
-    dataset.append_record(out / "log.jsonl", {"stage": "evaluation", "step": 1, **record})
+    dataset.write_records(out / "log.jsonl", [{"stage": "evaluation", "step": 1, **record}], "a")
     for sample in samples:
         sample |= {key: data.text(sample[key]) for key in ("prompt", "lm", "ppo")}
     dataset.write_records(out / "samples.jsonl", samples)

@@ -1,8 +1,7 @@
 """Reads and checks a data directory, and keeps the JSON-lines files of a run.
 
-A broken line stops the program: DataError, one line `FILE:LINE: problem, expectation`.
-A row that is unusable (identical answers, no room, …) is skipped and counted by its reason.
-Nothing in a data directory is imported, executed, or used as a path.
+A broken line stops the program: DataError, one line `FILE:LINE: problem, expectation`. A row that
+is unusable (identical answers, no room, …) is skipped and counted by its reason.
 """
 import base64
 import contextlib
@@ -45,6 +44,7 @@ class Split:
 class Dataset:
     """A data directory as tokens, with its tokenizer and an account of what was skipped."""
     encoding: tiktoken.Encoding
+    eos_token: int     # ends every text; the last id
     train: Split
     held_out: Split
     skipped: Counter   # "preferences.jsonl: identical answers" -> rows
@@ -52,22 +52,14 @@ class Dataset:
     fingerprint: str   # sha256 of every byte that was read
     shipped: bool      # is this the data whose true reward is known?
 
-    @property
-    def eos_token(self):
-        """The end-of-text token; its id is the last one."""
-        return self.encoding.eot_token
-
     def text(self, tokens):
         """The text of a list of tokens, without end tokens; broken UTF-8 shows as U+FFFD."""
         return self.encoding.decode([t for t in tokens if t != self.eos_token], errors="replace")
 
 
-# ------------------------------------------------------------------------------------- tokenizers
-
-
-def make_encoding(tokens, pattern=PATTERN, name="rlhf"):
+def make_encoding(tokens, pattern=PATTERN):
     """tiktoken.Encoding of byte strings in the order of their ranks, and the end of text after."""
-    return tiktoken.Encoding(name, pat_str=pattern,
+    return tiktoken.Encoding("rlhf", pat_str=pattern,
                              mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
                              special_tokens={"<|endoftext|>": len(tokens)})
 
@@ -75,8 +67,7 @@ def make_encoding(tokens, pattern=PATTERN, name="rlhf"):
 def encoding_state(encoding):
     """All that `make_encoding` needs to make the same tokenizer again: a checkpoint keeps it."""
     ranks = encoding._mergeable_ranks
-    return {"tokens": sorted(ranks, key=ranks.get), "pattern": encoding._pat_str,
-            "name": encoding.name}
+    return {"tokens": sorted(ranks, key=ranks.get), "pattern": encoding._pat_str}
 
 
 def train_encoding(texts):
@@ -84,11 +75,10 @@ def train_encoding(texts):
 
     tiktoken looks a whole word up before it merges bytes, so a model writes words and not letters.
     """
-    counts = Counter(piece for text in texts for piece in PIECE.findall(text))
-    counts = {piece.encode(): n for piece, n in counts.items()}
-    common = sorted(counts, key=lambda piece: (-counts[piece], piece))
-    words = [piece for piece in common if 1 < len(piece) <= LONGEST_TOKEN]
-    return make_encoding([bytes([byte]) for byte in range(256)] + words[:WORDS])
+    counts = Counter(piece.encode() for text in texts for piece in PIECE.findall(text))
+    words = [piece for piece in counts if 1 < len(piece) <= LONGEST_TOKEN]
+    words = sorted(words, key=lambda piece: (-counts[piece], piece))[:WORDS]
+    return make_encoding([bytes([byte]) for byte in range(256)] + words)
 
 
 def read_encoding(path):
@@ -98,20 +88,17 @@ def read_encoding(path):
     """
     tokens = {}
     for number, line in read_lines(path):
-        if line.strip():
-            word, _, rank = line.partition(" ")
-            try:
-                token = base64.b64decode(word, validate=True)
-            except ValueError:
-                token = b""
-            if not 1 <= len(token) <= 1024 or token in tokens or rank.strip() != str(len(tokens)):
-                raise DataError(f"{path}:{number}: not a new token and its rank, expected base64 "
-                                f"of at most 1,024 bytes, a space, and {len(tokens)}")
-            tokens[token] = number
-    missing = [byte for byte in range(256) if bytes([byte]) not in tokens]
-    if missing:
-        raise DataError(f"{path}:{len(tokens) + 1}: no token for the byte 0x{missing[0]:02x}, "
-                        "expected all 256, so that every text encodes")
+        word, _, rank = line.partition(" ")
+        token = b""
+        with contextlib.suppress(ValueError):
+            token = base64.b64decode(word, validate=True)
+        if not 1 <= len(token) <= 1024 or token in tokens or rank.strip() != str(len(tokens)):
+            raise DataError(f"{path}:{number}: not a new token and its rank, expected base64 of at "
+                            f"most 1,024 bytes, a space, and {len(tokens)}")
+        tokens[token] = number
+    if any(bytes([byte]) not in tokens for byte in range(256)):
+        raise DataError(f"{path}:{len(tokens) + 1}: expected tokens for all 256 bytes, so that "
+                        "every text encodes")
     return make_encoding(list(tokens))
 
 
@@ -119,42 +106,32 @@ def gpt2_encoding():
     """GPT-2's tokenizer, which tiktoken downloads once."""
     try:
         return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # its files are named by the hash of their address
-        raise DataError(
-            f"tiktoken cannot download its gpt2 encoding ({type(error).__name__}); offline, "
-            "set TIKTOKEN_CACHE_DIR to a directory with GPT-2's vocab.bpe as "
-            "6d1cbeee0f20b3d9449abfede4726ed8212e3aee and encoder.json as "
-            "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6") from None
-
-
-# ------------------------------------------------------------------------------------------ lines
+    except (OSError, ValueError) as error:
+        raise DataError(f"tiktoken cannot download GPT-2's tokenizer ({type(error).__name__}); "
+                        "offline, set TIKTOKEN_CACHE_DIR as the README says") from None
 
 
 def read_lines(path):
-    """(number, text) of each line. Lines end with LF or CRLF; a byte-order mark is dropped."""
+    """(number, text) of each line that is not blank; LF or CRLF ends it, a byte-order mark goes."""
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            yield number, line.removesuffix(b"\r").decode("utf-8")
+            text = line.removesuffix(b"\r").decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: byte 0x{line[error.start]:02x} at column "
-                            f"{error.start + 1} is not UTF-8, expected UTF-8 text") from None
+            raise DataError(f"{path}:{number}: not UTF-8 ({error.reason}), expected text") from None
+        if text.strip():
+            yield number, text
 
 
 def read_preferences(path):
-    """(prompt, responses best first) of each line of a preferences file; None for a blank line."""
+    """(prompt, responses best first) of each line of a preferences file."""
     for number, line in read_lines(path):
-        if not line.strip():
-            if line:
-                yield None
-            continue
         try:
-            yield parse_preference(json.loads(line))
-        except DataError as error:
-            raise DataError(f"{path}:{number}: {error}; {FORMS}") from None
+            row = parse_preference(json.loads(line))
         except (ValueError, RecursionError) as error:
-            problem = getattr(error, "msg", "nested too deeply, or too large a number")
-            raise DataError(f"{path}:{number}: not JSON ({problem}); {FORMS}") from None
+            problem = error if isinstance(error, DataError) else "not JSON"
+            raise DataError(f"{path}:{number}: {problem}; {FORMS}") from None
+        yield row
 
 
 def parse_preference(row):
@@ -164,30 +141,23 @@ def parse_preference(row):
     """
     if not isinstance(row, dict):
         raise DataError("not a JSON object")
-    keys = ("prompt", "responses") if "responses" in row else ("chosen", "rejected")
-    for key in keys:
+    for key in ("prompt", "responses") if "responses" in row else ("chosen", "rejected"):
         if key not in row:
             raise DataError(f"no {key!r}")
+    prompt = row.get("prompt", "")
     responses = row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
     if not isinstance(responses, list) or len(responses) < 2:
-        raise DataError("'responses' is not a list of at least two")
-    prompt = row.get("prompt", "")
+        raise DataError("'responses' is no list of two or more")
     for text in (prompt, *responses):
-        if isinstance(text, list):
-            raise DataError("a list of messages, a conversational form that is not read")
         if not isinstance(text, str):
-            raise DataError(f"a value is not text but {type(text).__name__}")
+            raise DataError(f"a {type(text).__name__} in place of text (no messages are read)")
         if any("\ud800" <= c <= "\udfff" for c in text):
-            raise DataError("a text has half a surrogate pair")
+            raise DataError("half a surrogate pair in a text")
     if "prompt" not in row:
         common = os.path.commonprefix(responses)
-        if TURN in common:
-            prompt = common[:common.rfind(TURN) + len(TURN)]
+        prompt = common[:common.rfind(TURN) + len(TURN)] if TURN in common else ""
         responses = [text[len(prompt):] for text in responses]
     return prompt, responses
-
-
-# ------------------------------------------------------------------------------- a data directory
 
 
 def held_out(text):
@@ -202,49 +172,55 @@ def load(data_dir, block_size, max_new_tokens, encoding=None):
     documents by their own hash, prompts and comparisons by the prompt's hash (without a prompt, by
     the responses'), and every document that is a held-out comparison's text.
     """
-    data_dir = Path(data_dir)
     names = ("preferences.jsonl", "corpus.txt", "prompts.txt", "tokenizer.tiktoken")
-    files = {name: data_dir / name for name in names if (data_dir / name).is_file()}
+    files = {name: Path(data_dir) / name for name in names if (Path(data_dir) / name).is_file()}
     if "preferences.jsonl" not in files:
-        raise DataError(f"{data_dir / 'preferences.jsonl'}: no such file, {FORMS}, one per line")
+        raise DataError(f"{data_dir}/preferences.jsonl: no such file, {FORMS}, one per line")
+    notes = []
 
     # Read the texts, and put each on its side: training (False) or held out (True).
-    rows = list(read_preferences(files["preferences.jsonl"]))
-    comparisons = [row and (*row, held_out(row[0] or "\n".join(sorted(row[1])))) for row in rows]
-    rows = [row for row in comparisons if row]
+    rows = [(prompt, responses, held_out(prompt or "\n".join(sorted(responses))))
+            for prompt, responses in read_preferences(files["preferences.jsonl"])]
     held_texts = {prompt + text for prompt, texts, out in rows if out for text in texts}
+    documents = [(prompt + texts[0], out) for prompt, texts, out in rows]
     if "corpus.txt" in files:
-        documents = [line for _, line in read_lines(files["corpus.txt"]) if line]
-        documents = [(text, held_out(text) or text in held_texts) for text in documents]
+        documents = [(line, held_out(line)) for _, line in read_lines(files["corpus.txt"])]
     else:
-        documents = [(row[0] + row[1][0], row[2] or row[0] + row[1][0] in held_texts)
-                     for row in rows]
-    prompts = [row[0] for row in rows]
+        notes.append("no corpus.txt: the language model learns from prompt + best response")
+    documents = [(text, out or text in held_texts) for text, out in documents]
+    prompts = [prompt for prompt, _, _ in rows]
     if "prompts.txt" in files:
-        prompts = [line for _, line in read_lines(files["prompts.txt"]) if line.strip()]
+        prompts = [line for _, line in read_lines(files["prompts.txt"])]
 
     # Find the tokenizer, or make one from the training text.
-    notes = []
     if encoding is not None and "tokenizer.tiktoken" in files:
         notes.append("tokenizer.tiktoken is not used: the weights need GPT-2's tokenizer")
     elif encoding is None and "tokenizer.tiktoken" in files:
         encoding = read_encoding(files["tokenizer.tiktoken"])
     elif encoding is None:
-        texts = [text for row in rows if not row[2] for text in (row[0], *row[1])]
+        texts = [prompt + text for prompt, texts, out in rows if not out for text in texts]
         encoding = train_encoding(texts + [text for text, out in documents if not out])
-    if "corpus.txt" not in files:
-        notes.append("no corpus.txt: the language model learns from prompt + best response")
 
     # Encode what fits the context, and count what does not.
-    splits, skipped = encode_all(comparisons, documents, dict.fromkeys(prompts), encoding,
-                                 block_size, max_new_tokens, set(files))
-    share_what_is_too_little(*splits, notes, skipped, data_dir)
-    return Dataset(encoding, *splits, skipped, notes, fingerprint(files),
-                   data_dir.resolve() == SHIPPED)
+    (train, held), skipped = encode_all(rows, documents, dict.fromkeys(prompts), encoding,
+                                        block_size, max_new_tokens)
+    for name in ("documents", "comparisons", "prompts"):
+        sides = getattr(train, name), getattr(held, name)
+        if not any(sides):
+            raise DataError(f"{data_dir}: no usable {name}, expected at least one; skipped: "
+                            f"{dict(skipped)}; a larger --block_size leaves more room")
+        if not all(sides):
+            setattr(train, name, sides[0] or sides[1])
+            setattr(held, name, sides[1] or sides[0])
+            notes.append(f"too few {name} to hold any out: measured on the ones that train")
+    contents = repr([(name, path.read_bytes()) for name, path in files.items()])
+    return Dataset(encoding, encoding.eot_token, train, held, skipped, notes,
+                   fingerprint=hashlib.sha256(contents.encode()).hexdigest()[:16],
+                   shipped=Path(data_dir).resolve() == SHIPPED)
 
 
-def encode_all(comparisons, documents, prompts, encoding, block_size, max_new_tokens, files):
-    """((training Split, held-out Split), Counter of what is unusable, by file and reason)."""
+def encode_all(rows, documents, prompts, encoding, block_size, max_new_tokens):
+    """((training Split, held-out Split), Counter of what is unusable, by its reason)."""
     eos, skipped, sides = encoding.eot_token, Counter(), (Split(), Split())
     longest = max(map(len, encoding.token_byte_values()))
 
@@ -255,89 +231,31 @@ def encode_all(comparisons, documents, prompts, encoding, block_size, max_new_to
         tokens = encoding.encode_ordinary(text)
         return tokens if len(tokens) <= room else None
 
-    for row in comparisons:
-        reason, tokens = comparison_tokens(row, encode, block_size, eos)
-        if reason:
-            skipped[f"preferences.jsonl: {reason}"] += 1
+    for prompt, texts, out in rows:
+        texts = list(dict.fromkeys(texts))  # equal responses are a tie, which is dropped
+        tokens = [encode(text, block_size) for text in (prompt, *texts)]
+        if len(texts) < 2:
+            skipped["comparison with identical answers"] += 1
+        elif not all(text.strip() for text in texts):
+            skipped["comparison with an empty answer"] += 1
+        elif None in tokens or len(tokens[0]) + max(map(len, tokens[1:])) + 2 > block_size:
+            skipped["comparison longer than the context"] += 1
         else:
-            sides[row[2]].comparisons.append(tokens)
-
-    source = "corpus.txt" if "corpus.txt" in files else "preferences.jsonl"
+            responses = [[*response, eos] for response in tokens[1:]]
+            sides[out].comparisons.append(([eos, *tokens[0]], responses))
     for text, out in documents:
-        tokens = encode(text, block_size - 2) if text.strip() else []
-        if tokens:
-            sides[out].documents.append([eos, *tokens, eos])
+        tokens = encode(text, block_size - 2)
+        if tokens is None:
+            skipped["document longer than the context"] += 1
         else:
-            reason = "blank line" if tokens == [] else "document longer than the context"
-            skipped[f"{source}: {reason}"] += 1
-
-    source = "prompts.txt" if "prompts.txt" in files else "preferences.jsonl"
+            sides[out].documents.append([eos, *tokens, eos])
     for text in prompts:
         tokens = encode(text, block_size - max_new_tokens - 1)
         if tokens is None:
-            skipped[f"{source}: prompt leaves no room for a response"] += 1
+            skipped["prompt that leaves no room for a response"] += 1
         else:
             sides[held_out(text)].prompts.append([eos, *tokens])
     return sides, skipped
-
-
-def comparison_tokens(row, encode, block_size, eos):
-    """(None, (prompt, responses) in tokens), or (why the row is unusable, None)."""
-    if row is None:
-        return "blank line", None
-    prompt, responses = row[0], list(dict.fromkeys(row[1]))  # a tie says nothing: dropped
-    if len(responses) < 2:
-        return "identical answers", None
-    if not all(text.strip() for text in responses):
-        return "empty answer", None
-    prompt, *responses = (encode(text, block_size) for text in (prompt, *responses))
-    if prompt is None or None in responses:
-        return "no room within the context", None
-    if len(prompt) + max(map(len, responses)) + 2 > block_size:
-        return "no room within the context", None
-    return None, ([eos, *prompt], [[*tokens, eos] for tokens in responses])
-
-
-def fingerprint(files):
-    """sha256 of the files' names and contents: another byte is other data."""
-    digest = hashlib.sha256()
-    for name, path in files.items():
-        digest.update(f"{name}: {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
-def share_what_is_too_little(train, held, notes, skipped, data_dir):
-    """Where hashing left one side empty, both sides use what there is, and a note says so."""
-    for name in ("documents", "comparisons", "prompts"):
-        a, b = getattr(train, name), getattr(held, name)
-        if not a and not b:
-            why = "; ".join(f"{n:,} rows of {reason}" for reason, n in sorted(skipped.items()))
-            raise DataError(f"{data_dir}: no usable {name}, expected at least one ({why or 'no rows'}"
-                            "); a larger --block_size makes room for longer texts")
-        if not a or not b:
-            setattr(train, name, a or b)
-            setattr(held, name, a or b)
-            notes.append(f"too few {name} to hold any out: measured on the ones that train")
-
-
-# ------------------------------------------------------------------------------ a run's JSON lines
-
-
-@contextlib.contextmanager
-def naming(path):
-    """A full disk comes without a file name: errors within say `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def append_record(path, record):
-    """Append one JSON object as a line, in a single write."""
-    record = {name: None if isinstance(value, float) and not math.isfinite(value) else value
-              for name, value in record.items()}  # JSON has no NaN
-    with naming(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def read_records(path):
@@ -345,15 +263,19 @@ def read_records(path):
     records = []
     for line in Path(path).read_bytes().split(b"\n"):
         with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict):
-                records.append(record)
-    return records
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
-def write_records(path, records):
-    """Replace a file by these JSON objects, one per line: a reader sees the old file or the new."""
-    temporary = Path(f"{path}.tmp")
-    with naming(path):
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-        os.replace(temporary, path)
+def write_records(path, records, mode="w"):
+    """Write JSON objects, one per line; mode "a" appends. JSON has no NaN: it becomes null."""
+    lines = []
+    for record in records:
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for name, value in record.items()}
+        lines.append(json.dumps(finite) + "\n")
+    try:
+        with open(path, mode, encoding="utf-8") as file:
+            file.write("".join(lines))
+    except OSError as error:  # a full disk comes without the file's name
+        raise OSError(error.errno, error.strerror, str(path)) from None

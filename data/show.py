@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress, summary, curves, errors. Numbers in, lines out."""
+"""What a person sees of a command: flags, progress, summary, curves, errors."""
 import argparse
 import contextlib
 import dataclasses
@@ -6,14 +6,12 @@ import os
 import shutil
 import sys
 import textwrap
-from pathlib import Path
 
 from data import dataset
 
-PANELS = ((("reward", "true_reward"), "reward"),
-          (("kl", "kl_k3"), "KL to the language model, nats per response"),
-          (("entropy",), "entropy, nats per token"), (("clip_fraction",), "clip fraction"),
-          (("explained_variance",), "explained variance of V"), (("length",), "tokens per response"))
+PANELS = {"reward": ("reward", "true_reward"), "KL, nats per response": ("kl", "kl_k3"),
+          "entropy, nats per token": ("entropy",), "clip fraction": ("clip_fraction",),
+          "explained variance of V": ("explained_variance",), "tokens per response": ("length",)}
 
 
 def visible(text):
@@ -22,9 +20,10 @@ def visible(text):
                    for c in " ".join(str(text).split()))
 
 
-def columns():
-    """The terminal's width, at most 100."""
-    return min(shutil.get_terminal_size().columns, 100)
+def fold(text, indent=0):
+    """The text in lines of the terminal's width, at most 100, the later ones indented."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    return textwrap.fill(visible(text), max(width, 40), subsequent_indent=" " * indent)
 
 
 def describe(data, device):
@@ -34,7 +33,7 @@ def describe(data, device):
           f"{len(a.prompts):,} prompts; held out {len(b.documents):,}, {len(b.comparisons):,}, "
           f"{len(b.prompts):,}; vocabulary {data.eos_token + 1:,}; device {device}")
     for reason, rows in sorted(data.skipped.items()):
-        print(f"skipped: {rows:,} rows of {reason}")
+        print(f"skipped: {rows:,} rows: {reason}")
     for note in data.notes:
         print(f"note: {note}")
 
@@ -49,9 +48,8 @@ def progress(stage, seconds, metrics):
     figures = "  ".join(f"{name} {metrics[name]:.2f}" for name in names if name in metrics)
     line = f"{stage} {step}/{steps}  {figures}  {seconds / step * (steps - step):.0f} s left"
     if terminal:
-        print(f"\r\033[K{line[:columns() - 1]}", end="\n" if step == steps else "", flush=True)
-    else:
-        print(line)
+        line = f"\r\033[K{line[:shutil.get_terminal_size().columns - 1]}"
+    print(line, end="" if terminal and step < steps else "\n", flush=True)
 
 
 def summary(record, samples, out):
@@ -59,51 +57,44 @@ def summary(record, samples, out):
     judge = "true_reward" if "true_reward_lm" in record else "reward"
     print("\nHeld-out prompts, continued by the language model and by the PPO policy\n")
     for sample in samples[:5]:
-        for side, name in (("lm", "before"), ("ppo", "after")):
-            text = visible(f"{sample['prompt']}|{sample[side]}")
-            line = f"{name:>6} {sample[f'{judge}_{side}']:+6.2f}  {text}"
-            print(textwrap.fill(line, columns(), subsequent_indent=" " * 15))
+        for side, name in (("lm", "before"), ("ppo", " after")):
+            text = f"{sample[f'{judge}_{side}']:+.2f}  {sample['prompt']}|{sample[side]}"
+            print(name, fold(text, indent=14))
         print()
     print(f"{'':34}{'language model':>16}{'PPO':>12}")
-    for name in ("reward", "true_reward", "ended", "length"):
-        if f"{name}_lm" in record:
-            print(f"{name:34}{record[f'{name}_lm']:16.3f}{record[f'{name}_ppo']:12.3f}")
-    pairs = {f"{name}_{side}" for name in ("reward", "true_reward", "ended", "length")
-             for side in ("lm", "ppo")}
+    both = [name[:-3] for name in record if name.endswith("_lm") and f"{name[:-3]}_ppo" in record]
+    for name in both:
+        print(f"{name:34}{record[f'{name}_lm']:16.3f}{record[f'{name}_ppo']:12.3f}")
     for name, value in record.items():
-        if name not in pairs:
+        if name.removesuffix("_lm").removesuffix("_ppo") not in both:
             print(f"{name:34}{value:28.3f}")
-    print(f"\nwritten to {out}/: log.jsonl, samples.jsonl, lm.pt, reward.pt, policy.pt"
-          f"{curves(out)}")
+    print(f"\nwritten to {out}/: log.jsonl, samples.jsonl, lm.pt, reward.pt, policy.pt{curves(out)}")
 
 
 def curves(out):
     """Write curves.png from log.jsonl if matplotlib can; returns what to say of it."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except Exception as error:  # not installed, or its own settings are broken
-        return f" (no curves.png: matplotlib: {visible(error)})"
-    rows = [row for row in dataset.read_records(Path(out) / "log.jsonl") if row["stage"] == "ppo"]
-    figure = Figure(figsize=(12, 6), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)  # draws to a file, whatever backend the caller has chosen
-    for axis, (names, title) in zip(figure.subplots(2, 3).flat, PANELS):
-        for name in names:
-            if rows and name in rows[0]:
-                axis.plot([row["step"] for row in rows], [row.get(name) for row in rows],
-                          label="learned reward" if name == "reward" else name.replace("_", " "))
-        axis.set(title=title, xlabel="PPO iteration")
-        axis.grid(alpha=0.3)
-        if len(names) > 1 and rows:
-            axis.legend()
-    figure.savefig(Path(out) / "curves.png", dpi=110)
-    return ", curves.png"
+        rows = [row for row in dataset.read_records(f"{out}/log.jsonl") if row["stage"] == "ppo"]
+        figure = Figure(figsize=(12, 6), layout="constrained", facecolor="white")
+        for axis, (title, names) in zip(figure.subplots(2, 3).flat, PANELS.items()):
+            for name in names:
+                points = [(row["step"], row[name]) for row in rows if name in row]
+                axis.plot([x for x, _ in points], [y for _, y in points], label=name)
+            axis.set(title=title, xlabel="PPO iteration")
+            axis.grid(alpha=0.3)
+            if len(names) > 1:
+                axis.legend()
+        figure.savefig(f"{out}/curves.png", dpi=110)
+        return ", curves.png"
+    except Exception as error:  # optional: not installed, its settings broken, the disk full
+        return f" (no curves.png: {visible(error)})"
 
 
 def parse(parser, Config, argv=None):
     """Add a flag for each field of Config, and return those given: {name: value}.
 
-    --kl-coef means --kl_coef; none means None; what is no number Config refuses by name.
+    "none" means None, and what is no number Config refuses by name.
     """
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; see --help\n")
     fields, sections = {f.name: f for f in dataclasses.fields(Config)}, {}
@@ -114,12 +105,7 @@ def parse(parser, Config, argv=None):
         flags = ["--data_dir", "--data"] if name == "data_dir" else [f"--{name}"]
         sections[stage].add_argument(*flags, dest=name, metavar="X", default=argparse.SUPPRESS,
                                      help=f"{f.metadata['help']} ({f.default})".replace("%", "%%"))
-    words = list(sys.argv[1:] if argv is None else argv)
-    for i, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        if flag.startswith("--"):
-            words[i] = "--" + flag[2:].replace("-", "_") + equals + value
-    given = vars(parser.parse_args(words))
+    given = vars(parser.parse_args(argv))
     for name in given.keys() & fields.keys():
         kind = getattr(fields[name].type, "__args__", [fields[name].type])[0]
         with contextlib.suppress(ValueError):
@@ -131,24 +117,22 @@ def program(name, main):
     """Run a command's main(). What a user can get wrong is one line and exit status 2."""
     if sys.stdout is not None:  # a terminal that lacks a letter shows "?"
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    status, problem = 2, None
     try:
-        main()
-        status, problem = 0, None
+        return main()
     except KeyboardInterrupt:
         status, problem = 130, "stopped; the same command, without --fresh, goes on"
     except BrokenPipeError:  # whoever read the output has gone
-        status, problem = 1, None
-    except OSError as error:
-        where = error.filename or "standard output"  # what writes files names them
-        status, problem = 2, f"{where}: {error.strerror or error}"
+        status = 1
+    except OSError as error:  # what writes files names them
+        problem = f"{error.filename or 'standard output'}: {error.strerror or error}"
     except (ValueError, FloatingPointError) as error:
-        status, problem = 2, error
+        problem = error
     except (RuntimeError, MemoryError) as error:
         if "memory" not in repr(error).lower():
             raise
-        status, problem = 2, f"not enough memory for these sizes: {str(error)[:200]}"
+        problem = f"not enough memory for these sizes: {str(error)[:200]}"
     if problem is not None:
         print(f"{name}: {visible(problem)}", file=sys.stderr)
-    if status:  # what is left in a broken output's buffer would fail once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(status)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or a broken output fails once more at exit
+    sys.exit(status)
