@@ -31,8 +31,7 @@ class GPTConfig:
 class Attention(nn.Module):
     """Causal self-attention, softmax(q kᵀ / √hs) v: a query sees the keys up to its own position.
 
-    For decoding, `cache` (B, K, 2C) holds the keys and values of earlier positions, and
-    `positions` (B, S) says where those of x belong.
+    For decoding, `cache` (B, K, 2C) holds earlier keys and values; those of x go to `positions`.
     """
 
     def __init__(self, config):
@@ -46,16 +45,14 @@ class Attention(nn.Module):
         q, k, v = self.c_attn(x).split(C, dim=2)                           # 3 × (B, S, C)
         seen = None
         if cache is not None:
-            # Each row writes at its own positions and sees no key behind them: what stands there
-            # comes from padding.
+            # Each row writes at its own positions and sees no key behind them, which is padding.
             rows = torch.arange(B, device=x.device)[:, None]
             cache[rows, positions] = torch.cat([k, v], dim=2).to(cache)
             k, v = cache.to(q).split(C, dim=2)                             # 2 × (B, K, C)
             keys = torch.arange(cache.shape[1], device=x.device)
             seen = (keys <= positions[..., None])[:, None]                 # (B, 1, S, K)
-        q = q.view(B, S, self.n_head, -1).transpose(1, 2)                  # (B, nh, S, hs)
-        k = k.unflatten(2, (self.n_head, -1)).transpose(1, 2)              # (B, nh, K, hs)
-        v = v.unflatten(2, (self.n_head, -1)).transpose(1, 2)              # (B, nh, K, hs)
+        # Split into heads: q is (B, nh, S, hs), k and v are (B, nh, K, hs).
+        q, k, v = (a.unflatten(2, (self.n_head, -1)).transpose(1, 2) for a in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=cache is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, S, C))
 
@@ -90,7 +87,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """π_θ: maps tokens to the logits of the next one. Architecture and weight names of GPT-2."""
+    """π_θ: maps tokens to the logits of the next one, with GPT-2's architecture and names."""
 
     def __init__(self, config, generator=None):
         super().__init__()
@@ -120,18 +117,18 @@ class GPT(nn.Module):
         S = tokens.shape[1]
         if S > self.config.block_size:
             raise ValueError(f"{S} tokens do not fit the context of {self.config.block_size}")
-        if cache is None:
+        if cache is None and at is not None:
             # Attention on a CPU rounds a partial last block of 16 positions differently. In full
             # blocks a row reads the same whatever it is batched with: PPO's ratio starts at 1.
             tokens = F.pad(tokens, (0, -S % 16))
+        if cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
             positions = positions.clamp_max(self.config.block_size - 1)
         x = self.wte(tokens) + self.wpe(positions)                         # (B, S, C)
         for i, block in enumerate(self.h):
             last = i == len(self.h) - 1
             x = block(x, cache and cache[i], positions, at if last else None)
-        x = self.ln_f(x)
-        return x[:, :S] if at is None else x
+        return self.ln_f(x)
 
     def logits(self, hidden):
         """(…, C) -> (…, V), with the output embedding tied to the input embedding."""
@@ -152,19 +149,49 @@ class GPT(nn.Module):
         A directory holds `config.json` and `model.safetensors` or `pytorch_model.bin`. A name is
         downloaded to torch's cache. Raises ValueError, one line that names the file.
         """
-        return load_gpt2(cls, name_or_path)
+        directory = find_gpt2(name_or_path)
+        config = read_gpt2_config(directory / "config.json")
+        path = directory / "model.safetensors"
+        if not path.is_file():
+            path = directory / "pytorch_model.bin"
+        state = load_file(path)
+        try:
+            # Undo what Hugging Face's files do differently: a prefix, buffers of the causal mask,
+            # transposed weights, and an output embedding of its own.
+            state = {name.removeprefix("transformer."): weight for name, weight in state.items()
+                     if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+            head = state.pop("lm_head.weight", None)
+            if head is not None and not torch.equal(head, state["wte.weight"]):
+                raise ValueError("lm_head.weight differs from wte.weight, which this GPT ties")
+            gpt = cls(config)
+            gpt.load_state_dict(turn_conv1d(state))
+        except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
+            problem = " ".join(str(error).split())[:400]
+            raise ValueError(f"{path}: weights do not fit: {problem}") from None
+        return gpt
 
     def save_pretrained(self, directory):
         """Write the two files that transformers' GPT2LMHeadModel.from_pretrained reads."""
-        save_gpt2(self, directory)
+        directory, c = Path(directory), self.config
+        if (directory / "model.safetensors").exists():
+            raise ValueError(f"{directory}: holds a model.safetensors, which readers would prefer")
+        directory.mkdir(parents=True, exist_ok=True)
+        config = GPT2_FIXED | {
+            "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size, "n_layer": c.n_layer,
+            "n_positions": c.block_size, "n_ctx": c.block_size, "n_head": c.n_head,
+            "n_embd": c.n_embd, "bos_token_id": c.eos_token, "eos_token_id": c.eos_token}
+        state = {f"transformer.{name}": weight.detach().cpu().contiguous()
+                 for name, weight in turn_conv1d(self.state_dict()).items()}
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+        save_file(directory / "pytorch_model.bin", state)
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 class ActorCritic(nn.Module):
     """The policy π_θ and its value function V on one trunk, which starts as a copy of `gpt`.
 
-    A copy, so that `gpt` can stay as the frozen reference. The value head starts at zero: V(s) is
-    0 for every state at first, and no advantage is noise of an initialisation (Ziegler et al.'s
-    code; Huang et al. 2023, "The N Implementation Details of RLHF with PPO").
+    `gpt` itself can stay as the frozen reference. The value head starts at zero: no advantage is
+    noise at first (Huang et al. 2023, "The N Implementation Details of RLHF with PPO").
     """
 
     def __init__(self, gpt):
@@ -203,7 +230,6 @@ class RewardModel(nn.Module):
 
 # ---------------------------------------------------------------------------------- weight files
 
-
 def save_file(path, content):
     """torch.save under a temporary name, then rename: a reader sees the old file or the new one."""
     path, raw = Path(path), io.BytesIO()
@@ -221,39 +247,40 @@ def save_file(path, content):
 
 
 def load_file(path):
-    """What torch.save wrote, on the CPU; never unpickles code. ValueError if it is unreadable."""
-    raw = io.BytesIO(Path(path).read_bytes())
+    """What a file of weights holds, on the CPU; no code in it runs. ValueError if unreadable."""
     try:
-        return torch.load(raw, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for cut or foreign files
+        raw = Path(path).read_bytes()
+        if Path(path).suffix == ".safetensors":
+            return parse_safetensors(raw)
+        return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except Exception as error:  # half a dozen kinds for missing, cut and foreign files
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
 
 
-def load_safetensors(path):
-    """The tensors of a .safetensors file: 8 bytes of header length, a JSON header, raw bytes."""
+def parse_safetensors(raw):
+    """{name: tensor} of a .safetensors file: 8 bytes of header length, a JSON header, raw bytes."""
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
              "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
-    raw, tensors = Path(path).read_bytes(), {}
-    try:
-        start = 8 + struct.unpack("<Q", raw[:8])[0]
-        for name, entry in json.loads(raw[8:start]).items():
-            if name != "__metadata__":
-                first, end = entry["data_offsets"]
-                data = bytearray(raw[start + first:start + end])
-                tensor = torch.frombuffer(data, dtype=kinds[entry["dtype"]])
-                tensors[name] = tensor.reshape(entry["shape"])
-    except Exception as error:  # a cut or foreign file fails in as many ways
-        raise ValueError(f"{path}: not a safetensors file, or cut short "
-                         f"({type(error).__name__})") from None
+    start, tensors = 8 + struct.unpack("<Q", raw[:8])[0], {}
+    for name, entry in json.loads(raw[8:start]).items():
+        if name != "__metadata__":
+            first, end = entry["data_offsets"]
+            data = bytearray(raw[start + first:start + end])
+            tensor = torch.frombuffer(data, dtype=kinds[entry["dtype"]])
+            tensors[name] = tensor.reshape(entry["shape"])
     return tensors
 
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-# Hugging Face keeps these four weights of a block as Conv1D: transposed against nn.Linear.
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 GPT2_FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
               "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
               "reorder_and_upcast_attn": False, "tie_word_embeddings": True}
+
+
+def turn_conv1d(state):
+    """The weights; those that Hugging Face keeps as Conv1D are transposed, there or back."""
+    return {name: weight.mT if name.endswith(CONV1D) else weight for name, weight in state.items()}
 
 
 def find_gpt2(name_or_path):
@@ -270,9 +297,6 @@ def find_gpt2(name_or_path):
             except OSError as error:
                 raise ValueError(f"{name_or_path}: cannot download {url} ({error}); offline, put "
                                  f"config.json and pytorch_model.bin into {directory}") from None
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"{name_or_path}: no config.json there; expected a directory in Hugging "
-                         f"Face's GPT-2 layout, or one of {', '.join(GPT2_NAMES)}")
     return directory
 
 
@@ -281,8 +305,9 @@ def read_gpt2_config(path):
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         raw = {"n_positions": raw.get("n_ctx"), **raw}  # an older name
-    except (ValueError, RecursionError, AttributeError):
-        raise ValueError(f"{path}: not a JSON object") from None
+    except (OSError, ValueError, RecursionError, AttributeError):
+        raise ValueError(f"{path}: no JSON object there; expected a directory in Hugging Face's "
+                         f"GPT-2 layout, or one of {', '.join(GPT2_NAMES)}") from None
     names = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
     for name in names:
         if type(raw.get(name)) is not int or not 1 <= raw[name] <= 1_000_000:
@@ -290,56 +315,6 @@ def read_gpt2_config(path):
     for name, value in (GPT2_FIXED | {"n_inner": 4 * raw["n_embd"]}).items():
         if raw.get(name) not in (value, None):
             raise ValueError(f"{path}: {name} is {raw[name]!r}, this GPT has {value!r}")
-    if raw["n_embd"] % raw["n_head"]:
-        raise ValueError(f"{path}: n_embd is {raw['n_embd']}, expected a multiple of n_head")
     last = raw["vocab_size"] - 1  # Hugging Face's default end token may exceed a small vocabulary
     eos = raw.get("eos_token_id")
     return GPTConfig(*(raw[name] for name in names), min(eos, last) if type(eos) is int else last)
-
-
-def load_gpt2(cls, name_or_path):
-    """See GPT.from_pretrained."""
-    directory = find_gpt2(name_or_path)
-    config = read_gpt2_config(directory / "config.json")
-    path = directory / "model.safetensors"
-    if path.is_file():
-        state = load_safetensors(path)
-    else:
-        path = directory / "pytorch_model.bin"
-        if not path.is_file():
-            raise ValueError(f"{directory}: neither model.safetensors nor pytorch_model.bin there; "
-                             "sharded weights are not read")
-        state = load_file(path)
-    try:
-        state = {name.removeprefix("transformer."): weight for name, weight in state.items()
-                 if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # causal-mask buffers
-        head = state.pop("lm_head.weight", None)
-        if head is not None and not torch.equal(head, state["wte.weight"]):
-            raise ValueError("lm_head.weight differs from wte.weight, which this GPT ties")
-        state = {name: weight.mT if name.endswith(CONV1D) else weight
-                 for name, weight in state.items()}
-        gpt = cls(config)
-        gpt.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
-        problem = " ".join(str(error).split())[:400]
-        raise ValueError(f"{path}: weights do not fit: {problem}") from None
-    return gpt
-
-
-def save_gpt2(gpt, directory):
-    """See GPT.save_pretrained."""
-    directory, c = Path(directory), gpt.config
-    if (directory / "model.safetensors").exists():
-        raise ValueError(f"{directory}: holds a model.safetensors, which readers would prefer to "
-                         "what is saved here; expected another directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    config = {"architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
-              "n_positions": c.block_size, "n_ctx": c.block_size, "n_layer": c.n_layer,
-              "n_head": c.n_head, "n_embd": c.n_embd, "bos_token_id": c.eos_token,
-              "eos_token_id": c.eos_token, **GPT2_FIXED}
-    state = {f"transformer.{name}": weight.mT if name.endswith(CONV1D) else weight
-             for name, weight in gpt.state_dict().items()}
-    state = {name: weight.detach().cpu().contiguous() for name, weight in state.items()}
-    state["lm_head.weight"] = state["transformer.wte.weight"]
-    save_file(directory / "pytorch_model.bin", state)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

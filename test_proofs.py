@@ -1,0 +1,1389 @@
+"""The derivation of RLHF, proven step by step: each test is named as the claim that it proves.
+
+The method is a world small enough to list. A GPT of a few hundred parameters in float64, four
+tokens, three steps: every trajectory τ can be written down with its probability p_θ(τ), and a
+gradient runs through it. So
+
+    J(θ) = Σ_τ p_θ(τ) R(τ)
+
+is a formula that autograd differentiates, and each estimator of the derivation has an expectation
+and a variance that are computed, not sampled: "unbiased" means equal to 1e-10. The functions under
+test are the project's own. What they are compared with is written here, in the plainest way.
+
+    python -m pytest test_rlhf.py                        everything
+    python -m pytest test_rlhf.py -s -k variance_falls   one claim, with the figures it prints
+"""
+import contextlib
+import copy
+import dataclasses
+import functools
+import inspect
+import itertools
+import json
+import math
+import random
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import rlhf
+from model import GPT, ActorCritic, GPTConfig, RewardModel
+from rlhf import (Config, Rollout, adapt_kl_coef, collect, entropy, gae, gather_log_probs,
+                  kl_estimates, kl_penalized_rewards, masked_mean, policy_gradient_loss,
+                  ppo_policy_loss, ppo_update, ranking_loss, reward_model_loss, rewards_to_go,
+                  rollout, train_language_model, train_ppo, train_reward_model, value_loss, whiten)
+
+torch.set_num_threads(1)
+REPO = Path(rlhf.__file__).resolve().parent
+SEEDS = pytest.mark.parametrize("seed", range(3))
+f64 = functools.partial(torch.tensor, dtype=torch.float64)
+
+# ======== A world small enough to list ===========================================================
+
+def close(actual, expected, atol=1e-10):
+    """Equal up to rounding; where `expected` is a tensor, in dtype and shape too.
+
+    A number or a list takes the dtype of `actual`: to check a dtype, pass a tensor.
+    """
+    if not torch.is_tensor(expected):
+        expected = torch.as_tensor(expected, dtype=actual.dtype)
+    torch.testing.assert_close(actual.detach(), expected.detach(), rtol=0, atol=atol)
+
+def same(a, b):
+    """Whether two models, or two dictionaries of weights, are equal to the last bit."""
+    a, b = (x if isinstance(x, dict) else x.state_dict() for x in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+def draws(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=draws(seed), dtype=torch.float64)
+
+def moved_by(model, distance, generator):
+    """Add normal noise to every parameter."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(distance * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return model
+
+def tiny_gpt(seed=0, vocab=4, layers=1, heads=2, width=4, context=12, std=0.3):
+    """A GPT in float64 that is far from its initialisation; the last token ends a text."""
+    generator = draws(seed)
+    gpt = GPT(GPTConfig(vocab, context, layers, heads, width, vocab - 1), generator).double()
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.div_(math.sqrt(768 / width) if p.dim() == 2 else 1)  # N(0, 0.02) at any width
+    return moved_by(gpt, std, generator)
+
+def tiny_policy(seed=0, **sizes):
+    """An ActorCritic on such a GPT whose values are not zero either."""
+    policy = ActorCritic(tiny_gpt(seed, **sizes))
+    torch.nn.init.normal_(policy.value_head.weight, generator=draws(seed))
+    torch.nn.init.constant_(policy.value_head.bias, 0.3)
+    return policy
+
+def log_pi(policy, state, temperature=1.0):
+    """log π(·|s), (V,), by a forward pass over this state alone."""
+    gpt = getattr(policy, "gpt", policy)
+    return F.log_softmax(gpt(torch.tensor([list(state)]))[0, -1] / temperature, -1)
+
+def V(policy, state):
+    """The critic's V(s), by a forward pass over this state alone."""
+    return policy(torch.tensor([list(state)]))[1][0, -1]
+
+def parameters(model):
+    """All parameters as one vector (D,)."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+def flat_grad(y, model):
+    """∂y/∂θ as one vector (D,)."""
+    grads = torch.autograd.grad(y, list(model.parameters()), retain_graph=True,
+                                allow_unused=True, materialize_grads=True)
+    return torch.cat([g.flatten() for g in grads])
+
+class World:
+    """All responses of at most T tokens to a few prompts, each prompt as likely as the others.
+
+    Trajectory n is states[state_of[n, 0]], actions[n, 0], states[state_of[n, 1]], …; a state is
+    the tuple of all tokens so far. It ends with the end token, or is cut after T tokens.
+    """
+
+    def __init__(self, prompts, vocab, T):
+        self.prompts, eos = prompts, vocab - 1
+        responses = [y for n in range(1, T + 1) for y in itertools.product(range(vocab), repeat=n)
+                     if eos not in y[:-1] and (y[-1] == eos or n == T)]
+        rows = [(x, y) for x in prompts for y in responses]
+        self.states = list(dict.fromkeys(x + y[:t] for x, y in rows for t in range(len(y))))
+        index = {state: i for i, state in enumerate(self.states)}
+
+        def padded(sequences):
+            longest = max(map(len, sequences))
+            return torch.tensor([list(s) + [0] * (longest - len(s)) for s in sequences])
+
+        self.state_of = padded([[index[x + y[:t]] for t in range(len(y))] for x, y in rows])
+        self.actions = padded([y for x, y in rows])                                  # (N, T)
+        self.mask = padded([[1] * len(y) for x, y in rows]).bool()                   # (N, T)
+        self.lengths = self.mask.sum(1)                                              # (N,)
+        self.prompt_lengths = torch.tensor([len(x) for x, y in rows])
+
+    def table(self, policy, temperature=1.0):
+        """log π(a|s) of every state, (states, V): a forward pass for each, nothing padded."""
+        return torch.stack([log_pi(policy, state, temperature) for state in self.states])
+
+    def read(self, table):
+        """(states, V) -> its entries along each trajectory (N, T), 0 after the end."""
+        return table[self.state_of, self.actions].where(self.mask, 0)
+
+    def probability(self, log_probs):
+        """p(τ) = p(x) Π_t π(a_t|s_t), (N,)."""
+        return log_probs.sum(1).exp() / len(self.prompts)
+
+    def values(self, p, rewards):
+        """V(s) = E[Σ_{t' >= t} r_{t'} | s_t = s] along each trajectory, by its definition."""
+        to_go, values = rewards.flip(1).cumsum(1).flip(1), torch.zeros_like(rewards)
+        for s in range(len(self.states)):
+            through = (self.state_of == s) & self.mask                               # (N, T)
+            weights = p[:, None] * through
+            values[through] = (weights * to_go).sum() / weights.sum()
+        return values
+
+RAGGED = [(3, 1), (3, 2, 0, 1)]  # two prompts of different length; each begins with the end token
+
+@functools.cache
+def listed(seed):
+    """A world with a policy and random rewards r(s, a), and all that is exact about the two."""
+    world, gpt = World(RAGGED, 4, 3), tiny_gpt(seed)
+    log_probs = world.read(world.table(gpt))
+    rewards = world.read(normal(len(world.states), 4, seed=seed))
+    p = world.probability(log_probs)
+    J = (p * rewards.sum(1)).sum()                       # Σ_τ p(τ) R(τ): autograd does the rest
+    slopes = torch.stack([torch.stack([flat_grad(x, gpt) for x in log_pi(gpt, state)])
+                          for state in world.states])    # ∇log π(a|s), (states, V, D)
+    slopes = slopes[world.state_of, world.actions] * world.mask[..., None]           # (N, T, D)
+    return SimpleNamespace(
+        world=world, gpt=gpt, mask=world.mask, lengths=world.lengths, rewards=rewards,
+        log_probs=log_probs.detach(), p=p.detach(), J=J.detach(), grad_J=flat_grad(J, gpt),
+        grad_log_pi=slopes, values=world.values(p.detach(), rewards))
+
+def gradients(w, loss):
+    """What each trajectory estimates ∇J to be, (N, D): −∂loss/∂θ of a batch of it alone, which
+    by the chain rule is −Σ_t ∂loss/∂log π(a_t|s_t) · ∇log π(a_t|s_t).
+
+    loss(log_probs (1, T), row): the project's loss of one trajectory; `row` is a slice.
+    """
+    leaf = w.log_probs.clone().requires_grad_()
+    total = sum(loss(leaf[n:n + 1], slice(n, n + 1)) for n in range(len(leaf)))
+    by_log_prob, = torch.autograd.grad(total, leaf)                                  # (N, T)
+    return -torch.einsum("nt,ntd->nd", by_log_prob, w.grad_log_pi)
+
+def policy_gradients(w, weights):
+    return gradients(w, lambda log_probs, row: policy_gradient_loss(
+        log_probs, weights[row], w.mask[row]))
+
+def moments(p, x):
+    """Expectation (D,) and variance, the trace of the covariance, of x (N, D) under p (N,)."""
+    mean = p @ x
+    return mean, (p @ (x - mean)**2).sum()
+
+def sgd(model, lr):
+    """Plain gradient descent: the step is −lr times the gradient, so it shows the gradient."""
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+# ======== 1. Language model: π before feedback ===================================================
+
+def plain_gpt2(gpt, tokens):
+    """Logits by the formulas of GPT-2, one head at a time, in operations that hide nothing."""
+    w, c, S = gpt.state_dict(), gpt.config, tokens.shape[1]
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        std = (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+        return centred / std * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    future = torch.full((S, S), -math.inf, dtype=torch.float64).triu(1)
+    x = w["wte.weight"][tokens] + w["wpe.weight"][:S]
+    for i in range(c.n_layer):
+        qkv = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").chunk(3, -1)
+        heads = []
+        for q, k, v in zip(*(part.chunk(c.n_head, -1) for part in qkv)):
+            scores = q @ k.transpose(1, 2) / math.sqrt(c.n_embd / c.n_head) + future
+            heads.append(scores.softmax(-1) @ v)
+        x = x + linear(torch.cat(heads, -1), f"h.{i}.attn.c_proj")
+        u = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+        x = x + linear(u, f"h.{i}.mlp.c_proj")
+    return norm(x, "ln_f") @ w["wte.weight"].T
+
+def test_the_network_computes_what_gpt2_computes():
+    """Pre-norm blocks, causal softmax(q kᵀ / √hs) v, tanh GELU, tied output embedding."""
+    gpt = tiny_gpt(5, vocab=11, layers=2, heads=3, width=12, context=20)
+    tokens = torch.randint(11, (3, 20), generator=draws())
+    for S in (1, 7, 16, 20):
+        close(gpt(tokens[:, :S]), plain_gpt2(gpt, tokens[:, :S]))
+    with pytest.raises(ValueError, match="21 tokens do not fit the context of 20"):
+        gpt(torch.zeros(1, 21, dtype=torch.long))
+
+def test_weights_start_as_in_gpt2():
+    """N(0, σ) with σ = 0.02 √(768 / C), and σ / √(2 n_layer) where a layer writes to the residual
+    stream; biases are 0. GPT-2's width is 768."""
+    gpt, again = [GPT(GPTConfig(300, 64, 3, 4, 64, 299), draws()) for _ in range(2)]
+    assert same(gpt, again)
+    for name, p in gpt.named_parameters():
+        if p.dim() == 1:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
+        else:
+            std = 0.02 * math.sqrt(768 / 64) / (math.sqrt(6) if "c_proj" in name else 1)
+            assert p.std().item() == pytest.approx(std, rel=0.05) and abs(p.mean()) < std / 10, name
+    with pytest.raises(ValueError, match="n_embd 10 does not divide into n_head 4"):
+        GPT(GPTConfig(4, 8, 1, 4, 10, 3))
+
+def test_language_model_loss_is_minus_the_mean_log_probability_of_the_next_token():
+    """−E log π(x_{i+1} | x_1 … x_i) over all predicted tokens; training goes down its gradient."""
+    gpt = tiny_gpt(0)
+    documents = [[3, 1, 3], [3, 0, 0, 2, 1, 3], [3, 3], [3, 2, 2, 3], [3, 1, 1, 1, 3]]
+    terms = [-log_pi(gpt, d[:i])[d[i]] for d in documents for i in range(1, len(d))]
+    expected = sum(terms) / len(terms)
+    loss = pytest.approx(expected.item(), abs=1e-10)
+    for times in (1, 9):  # in batches of any size
+        assert rlhf.corpus_loss(gpt, documents * times) == loss
+    config = Config(lm_epochs=1, lm_batch_size=5, lm_lr=0.1, max_grad_norm=1e9)
+    gradient, before = flat_grad(expected, gpt), parameters(gpt)
+    metrics, = train_language_model(gpt, documents, config, sgd(gpt, 1.0))
+    assert metrics["loss"] == loss
+    close(before - parameters(gpt), 0.1 * gradient)
+
+# ======== 2. Reward model: preferences become a number ===========================================
+
+def test_reward_model_loss_is_minus_the_mean_log_sigmoid_of_the_margin():
+    """L = −E log σ(r_w − r_l) = E log(1 + e^{r_l − r_w}), by NumPy and by hand.
+
+    σ((r_w + c) − (r_l + c)) = σ(r_w − r_l): only differences of scores are ever learned.
+    """
+    a, b = normal(2, 50)
+    close(reward_model_loss(a, b), np.log1p(np.exp((b - a).numpy())).mean())
+    close(reward_model_loss(a + 7, b + 7), reward_model_loss(a, b))
+    zero, more = f64([0.0]), f64([math.log(3.0)])
+    close(reward_model_loss(zero, zero), math.log(2))      # no opinion: log 2
+    close(reward_model_loss(more, zero), math.log(4 / 3))  # σ(log 3) = 3/4
+    close(reward_model_loss(zero, more), math.log(4))      # the wrong order
+    low, high = torch.tensor([-1000.0], requires_grad=True), torch.tensor([1000.0])
+    loss = reward_model_loss(low, high)  # log(sigmoid(·)) would be log 0, with a gradient of NaN
+    loss.backward()
+    assert loss == ranking_loss(torch.stack([low, high], 1)) == 2000 and low.grad == -1
+
+def test_ranking_loss_is_equation_1_of_instructgpt():
+    """L = −1/C(K,2) Σ_{i<j} log σ(r_i − r_j), best first, and its mean over prompts."""
+    for K in (2, 3, 4, 9):
+        scores = normal(6, K)
+        terms = [np.log1p(np.exp(r[j] - r[i])) for r in scores.numpy()
+                 for i, j in itertools.combinations(range(K), 2)]
+        close(ranking_loss(scores), sum(terms) / math.comb(K, 2) / 6)
+    pairs = normal(6, 2)
+    close(ranking_loss(pairs), reward_model_loss(pairs[:, 0], pairs[:, 1]))
+
+@pytest.mark.parametrize("K", [2, 3, 4])
+def test_the_minimiser_on_infinitely_many_labels_is_the_true_reward_up_to_a_constant(K):
+    """argmin_r E L(r) = r* + c on Plackett–Luce rankings, and on their pairs: Bradley–Terry.
+
+    P(y_1 ≻ … ≻ y_K) = Π_k e^{r*_k} / Σ_{l >= k} e^{r*_l}: the best, then the best of the rest.
+    """
+    true = f64([0.5, -1.2, 2.0, 0.0])
+
+    def expected_loss(others):
+        r, total = torch.cat([f64([0.0]), others]), 0  # c: the first is 0
+        for ranking in map(list, itertools.permutations(range(4), K)):
+            p = math.prod(F.softmax(true[ranking[k:]], 0)[0] for k in range(K))
+            total = total + p * ranking_loss(r[ranking][None])
+        return total
+
+    found = torch.zeros(3, dtype=torch.float64)
+    for _ in range(10):  # Newton: the loss is strictly convex once c is fixed
+        slope = torch.autograd.functional.jacobian(expected_loss, found)
+        curvature = torch.autograd.functional.hessian(expected_loss, found)
+        found = found - torch.linalg.solve(curvature, slope)
+    close(found, (true - true[0])[1:])
+    assert torch.linalg.eigvalsh(curvature).min() > 0  # a minimum, not any stationary point
+
+def tiny_reward_model(bias=0.7, **sizes):
+    model = RewardModel(tiny_gpt(**sizes), draws())
+    torch.nn.init.constant_(model.reward_head.bias, bias)
+    return model
+
+def score_alone(model, row):
+    """r = w · h_last + b, (), by a pass over this row alone."""
+    h = model.gpt.hidden(torch.tensor([row]))[0, -1]
+    return h @ model.reward_head.weight[0] + model.reward_head.bias[0]
+
+def test_every_response_is_read_at_its_end_and_every_prompt_weighs_the_same():
+    """−(1/B) Σ_x 1/C(K_x,2) Σ_pairs log σ(r_w − r_l): one batch may hold rankings of different K.
+
+    Scores of one padded pass are those of each row alone; training goes down this gradient, and
+    accuracy is the share of pairs in the right order, a tie half, averaged in the same way.
+    """
+    model = tiny_reward_model()
+    comparisons = [  # (prompt, responses, best first): K = 2, 3, 4 and 2, the last with a tie
+        ([3, 1], [[2, 0, 3], [3]]), ([3], [[3], [1, 1, 1, 3], [0, 3]]),
+        ([3, 0], [[2, 3], [1, 3], [0, 0, 3], [2, 2, 2, 2, 3]]), ([3, 2], [[1, 3], [1, 3]])]
+    alone = [torch.stack([score_alone(model, x + y) for y in ys]) for x, ys in comparisons]
+    for scores, expected in zip(rlhf.score_comparisons(model, comparisons), alone, strict=True):
+        close(scores, expected)
+    shares = [np.mean([(a > b) + 0.5 * (a == b) for a, b in itertools.combinations(r.tolist(), 2)])
+              for r in alone]
+    assert rlhf.reward_model_accuracy(model, comparisons * 20) == pytest.approx(np.mean(shares))
+    expected = sum(ranking_loss(scores[None]) for scores in alone) / 4
+    config = Config(rm_epochs=1, rm_batch_size=4, rm_lr=0.1, max_grad_norm=1e9)
+    gradient, before = flat_grad(expected, model), parameters(model)
+    metrics, = train_reward_model(model, comparisons, config, sgd(model, 1.0))
+    assert metrics["loss"] == pytest.approx(expected.item(), abs=1e-10)
+    close(before - parameters(model), 0.1 * gradient)
+
+def test_the_reward_head_starts_with_standard_deviation_one_over_root_d_plus_one():
+    """w ~ N(0, 1/(d+1)), b = 0 (Stiennon et al. 2020): scores start with std near 1, not 0.02."""
+    for d in (2, 64):
+        head = RewardModel(GPT(GPTConfig(4, 8, 1, 1, d, 3)), draws()).reward_head
+        close(head.weight, torch.empty(1, d).normal_(generator=draws()) / math.sqrt(d + 1), 1e-6)
+        assert head.bias == 0
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_normalized_scores_have_mean_0_and_std_1_on_samples_of_the_reference(spread, monkeypatch):
+    """r ← (r − E r) / σ_r over samples of π_ref: PPO's constants assume that scale.
+
+    Where σ_r is only rounding, to divide by it would blow ordinary scores up a million times.
+    """
+    reference, seen = tiny_gpt(1).float(), []
+    model = tiny_reward_model(5.0 if spread else 1000.1).float()
+    config = Config(max_new_tokens=5, temperature=1.0 if spread else 1e-4)
+    before, sample = copy.deepcopy(model), rlhf.rollout
+    monkeypatch.setattr(rlhf, "rollout", lambda *a, **k: seen.append(sample(*a, **k)) or seen[-1])
+    scaled = rlhf.normalize_rewards(model, reference, [[3, 1], [3, 2]][:1 + spread], config)
+    old, new = [torch.cat([rlhf.reward_scores(m, r) for r in seen]) for m in (before, model)]
+    assert len(new) >= 256 and same(model.gpt, before.gpt) and scaled is spread
+    std = old.std(correction=0) if spread else 1.0
+    close(new, (old - old.mean()) / std, 1e-5 if spread else 1e-3)
+    assert spread or torch.equal(model.reward_head.weight, before.reward_head.weight)
+
+@pytest.mark.parametrize("context", [16, 20])
+def test_a_cut_response_is_scored_at_an_end_token_behind_it(context):
+    """r(x, y ⊕ end): the reward model was only ever read at end tokens; padding is not read.
+
+    Whatever fits the context is scored. In a row that fills it, the end token takes the place of
+    the last token.
+    """
+    model, long = tiny_reward_model(context=context), [3, 3] + [1] * 10
+    cases = [([3, 1], [2, 0, 1], [3, 1, 2, 0, 1, 3]),  # cut: an end token is put behind it
+             ([3, 0], [1, 3], [3, 0, 1, 3]),           # ended: read where it ended
+             ([3, 3, 2, 1], [3], [3, 3, 2, 1, 3]),     # ended at once: one token
+             ([3, 2], [1], [3, 2, 1, 3]),
+             # cut at the end of the tensor; 3s in the prompt end nothing
+             (long, [0, 1, 0, 2], long + [0, 1, 0] + ([2] if context > 16 else []) + [3]),
+             (long, [0, 1, 0, 3], long + [0, 1, 0, 3])]
+    tokens, actions = torch.full((6, 16), 2), torch.full((6, 4), 3)  # with ends in the padding
+    mask = torch.zeros(6, 4, dtype=torch.bool)
+    for b, (x, y, _) in enumerate(cases):
+        tokens[b, :len(x + y)] = torch.tensor(x + y)
+        actions[b, :len(y)], mask[b, :len(y)] = torch.tensor(y), True
+    batch = Rollout(tokens=tokens.clone(), prompt_lengths=torch.tensor([len(x) for x, *_ in cases]),
+                    actions=actions, mask=mask, log_probs=torch.zeros(6, 4))
+    scores = rlhf.reward_scores(model, batch)
+    close(scores, torch.stack([score_alone(model, read) for *_, read in cases]))
+    assert not scores.requires_grad and torch.equal(batch.tokens, tokens)
+    assert rlhf.ends(batch, 3).tolist() == [False, True, True, False, False, True]
+
+# ======== 3. Trajectories ========================================================================
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_rollout_samples_each_trajectory_with_its_probability(temperature):
+    """P(τ is sampled) = p_θ(τ) = p(x) Π_t π_θ(a_t|s_t): chi-square over every trajectory."""
+    w, n = listed(1), 20_000
+    close(w.p.sum(), f64(1.0))  # Σ_τ p_θ(τ) = 1: the list that all proofs rest on is complete
+    r = rollout(w.gpt, [list(x) for x in RAGGED] * n, 3, 3, temperature, draws(4))
+    log_probs = w.world.read(w.world.table(w.gpt, temperature)).detach()
+
+    def names(x):  # (P, a_0, a_1, …) of each row: no two trajectories share it
+        return [(P, *a[:T]) for P, a, T in zip(x.prompt_lengths.tolist(), x.actions.tolist(),
+                                               x.mask.sum(1).tolist())]
+
+    index = {name: i for i, name in enumerate(names(w.world))}
+    which = torch.tensor([index[name] for name in names(r)])
+    close(r.log_probs, log_probs[which])  # what it reports is what it sampled from
+    expected = 2 * n * w.world.probability(log_probs)
+    counts, common = torch.bincount(which, minlength=80), expected >= 5
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])  # the rare ones as one
+    expected = torch.cat([expected[common], expected[~common].sum()[None].clamp_min(1e-9)])
+    chi2, k = float(((observed - expected)**2 / expected).sum()), len(expected) - 2
+    assert k > 40 and chi2 < k + 4 * math.sqrt(2 * k)
+
+def test_sampling_takes_the_first_token_whose_cumulative_probability_exceeds_u():
+    """a = min{a : Σ_{a' <= a} π(a') > u}: u = 0 never gives a token of probability 0."""
+    log_p = f64([0.0, 0.25, 0.5, 0.25]).log().expand(6, 4)
+    u = f64([0.0, 0.2, 0.25, 0.7, 0.75, 1 - 1e-12])
+    assert rlhf.sample_tokens(log_p, u).tolist() == [1, 1, 2, 2, 3, 3]
+    short = f64([[0.2, 0.2]]).log()  # rounding: a sum other than 1
+    for u, token in ((0.6, 1), (1.0, 1), (0.4, 0)):
+        assert rlhf.sample_tokens(short, f64([u])) == token
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_cache_ragged_prompts_and_early_ends_change_no_log_prob(temperature):
+    """log π(a_t|s_t) reported while sampling = that of a fresh pass over each row alone."""
+    gpt = tiny_gpt(2, vocab=7, layers=2, heads=2, width=8, context=24)
+    prompts = [[6], [6, 1, 2, 3, 4, 5, 0, 1], [6, 6, 2], [6, 4]] * 12
+    r = rollout(gpt, prompts, 12, 6, temperature, draws())
+    lengths = r.mask.sum(1).tolist()
+    assert len(set(lengths)) > 6 and max(lengths) == 12 and min(lengths) < 3  # a real test
+    assert r.tokens.shape == (48, 8 + 12) and r.log_probs.dtype == torch.float64
+    assert r.prompt_lengths.tolist() == [len(x) for x in prompts]
+    for b, (prompt, n) in enumerate(zip(prompts, lengths)):
+        actions = r.actions[b, :n].tolist()
+        assert r.tokens[b].tolist() == prompt + actions + [0] * (20 - len(prompt) - n)
+        assert r.mask[b].tolist() == [t < n for t in range(12)]
+        assert 6 not in actions[:-1] and (actions[-1] == 6 or n == 12)  # ends at the end token only
+        assert not r.actions[b, n:].any() and not r.log_probs[b, n:].any()
+        alone = gpt(torch.tensor([prompt + actions]))[0, len(prompt) - 1:-1] / temperature
+        close(r.log_probs[b, :n], F.log_softmax(alone, -1)[range(n), actions])
+
+def test_rollout_is_a_function_of_its_generator_and_rows_do_not_affect_each_other():
+    """τ_b depends on the seed and its own draws: what a neighbour does changes nothing."""
+    gpt = tiny_gpt(2, vocab=7, width=8, context=24)
+
+    def responses(prompts, seed):
+        r = rollout(gpt, prompts, 6, 6, generator=draws(seed))
+        close(r.log_probs[0, 0], log_pi(gpt, prompts[0])[r.actions[0, 0]])  # temperature 1
+        T = int(r.mask.sum(1).max())  # as long as the longest response, and no longer
+        assert r.actions.shape == r.mask.shape == r.log_probs.shape == (len(prompts), T)
+        assert r.tokens.shape[1] == max(map(len, prompts)) + T and not r.log_probs.requires_grad
+        return [tuple(a[m].tolist()) for a, m in zip(r.actions, r.mask)]
+
+    eight = responses([[6, 1]] * 8, 0)
+    assert eight == responses([[6, 1]] * 8, 0) != responses([[6, 1]] * 8, 1)
+    assert eight[:7] == responses([[6, 1]] * 7 + [[6, 2, 3]], 0)[:7] and len(set(eight)) > 3
+    assert len({len(y) for seed in range(8) for y in responses([[6, 1]], seed)}) > 1
+
+def test_rollout_says_in_one_line_what_it_cannot_do():
+    """B >= 1, P >= 1 and P + T_max <= context: a longer row would have no position embedding."""
+    gpt = tiny_gpt(context=8)
+    assert rollout(gpt, [[3] * 5], 3, 3).tokens.shape[1] <= 8  # 5 + 3 just fits
+    for prompts, T, temperature, problem in (
+            ([], 2, 1.0, "no prompt"), ([[3], []], 2, 1.0, "begin e.* with the end token"),
+            ([[3], [3] * 6], 3, 1.0, "prompt 6 .* max_new_tokens 3 .* 8 tokens"),
+            ([[3]], 4, 0.0, "expected more than 0"),    # a division by 0
+            ([[3]], 4, -1.0, "expected more than 0")):  # the order turned round
+        with pytest.raises(ValueError, match=problem):
+            rollout(gpt, prompts, T, 3, temperature)
+
+# ======== 4. Log-probabilities and rewards =======================================================
+
+def test_scores_that_would_broadcast_are_refused():
+    """The (B, 1) of a head would become rewards (B, B, T), and one number the score of all rows."""
+    x = torch.zeros(3, 4)
+    for shape in ((), (1,), (3, 1), (1, 3), (3, 4)):
+        with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}, expected \(3,\)"):
+            kl_penalized_rewards(torch.zeros(shape), x, x, torch.ones(3, 4), 0.1)
+
+# ======== 5. Policy gradient, and what its variance falls by =====================================
+
+WEIGHTS = {  # the weights w_t of ∇log π(a_t|s_t) in the order of the lecture
+    "REINFORCE": lambda w: w.rewards.sum(1, keepdim=True).expand_as(w.rewards),
+    "rewards-to-go": lambda w: rewards_to_go(w.rewards, w.mask),
+    "baseline": lambda w: rewards_to_go(w.rewards, w.mask) - w.values,
+    "advantage": lambda w: gae(w.rewards, w.values, w.mask, lam=0.0)}
+
+@SEEDS
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_reinforce_rewards_to_go_baseline_and_advantage_are_unbiased(seed, name):
+    """∇J = E[Σ_t ∇log π(a_t|s_t) w_t] for w_t = R(τ), R_t, R_t − V(s_t), and A(s_t, a_t).
+
+    ∇J = E[∇log p_θ(τ) R(τ)] is REINFORCE. What was earned before a_t, and whatever depends on s_t
+    alone, has expectation 0 against ∇log π(a_t|s_t), because Σ_a π ∇log π = ∇Σ_a π = ∇1 = 0.
+    """
+    w = listed(seed)
+    mean, _ = moments(w.p, policy_gradients(w, WEIGHTS[name](w)))
+    close(mean, w.grad_J)
+    assert w.grad_J.norm() > 0.1
+
+@SEEDS
+def test_variance_falls_from_reinforce_to_rewards_to_go_to_baseline_to_advantage(seed):
+    """tr Cov[Σ_t ∇log π(a_t|s_t) w_t], exact, falls at each step of the lecture."""
+    w = listed(seed)
+    falling = [float(moments(w.p, policy_gradients(w, f(w)))[1]) for f in WEIGHTS.values()]
+    print(f"\nexact variance of the gradient (trace of its covariance), world {seed}")
+    for name, variance in zip(WEIGHTS, falling):
+        print(f"    {name:15}{variance:9.4f}{variance / falling[0]:8.1%}")
+    assert all(b < 0.95 * a for a, b in zip(falling, falling[1:]))
+    table = (REPO / "README.md").read_text("utf-8").split("| w_t | world 0 ")[1].splitlines()[2:6]
+    assert [float(row.split("|")[2 + seed]) for row in table] == [round(v, 1) for v in falling]
+
+@SEEDS
+def test_a_baseline_that_depends_on_the_action_is_biased(seed):
+    """E[Σ_t ∇log π(a_t|s_t) b(s_t, a_t)] ≠ 0: taking off Q(s_t, a_t) takes off the gradient."""
+    w = listed(seed)
+    to_go = rewards_to_go(w.rewards, w.mask)
+    Q = gae(w.rewards, w.values, w.mask, lam=0.0) + w.values
+    mean, _ = moments(w.p, policy_gradients(w, to_go - Q))
+    close(mean, torch.zeros_like(mean))
+    mean, _ = moments(w.p, policy_gradients(w, to_go - 0.5 * w.world.actions))
+    assert (mean - w.grad_J).norm() > 0.1
+
+def test_policy_gradient_loss_is_a_sum_over_steps_and_a_mean_over_trajectories():
+    """L = −(1/N) Σ_i Σ_t log π(a_t|s_t) w_t: dividing by tokens would favour short responses."""
+    log_probs = f64([[-1.0, -2.0, -3.0], [-4.0, 9e9, 9e9]], requires_grad=True)
+    weights = f64([[1.0, 0.5, -1.0], [2.0, 9e9, -9e9]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    loss = policy_gradient_loss(log_probs, weights, mask)
+    close(loss, -(-1 - 1 + 3 - 8) / 2)
+    loss.backward()
+    close(log_probs.grad, -weights * mask / 2)
+
+# ======== 6. Generalised advantage estimation ====================================================
+
+def test_rewards_to_go_and_gae_worked_by_hand():
+    """R_t = r_t + γ R_{t+1}: r = (1, 2, 8), γ = ½ gives R = (1 + ½ · 6, 2 + ½ · 8, 8).
+
+    A_t = δ_t + γλ A_{t+1}: r = (0, 0, 1), V = (0.2, 0.4, 0.8), γ = 1, λ = ½ gives
+    δ = (0.4 − 0.2, 0.8 − 0.4, 1 − 0.8), A = (0.2 + ½ · 0.5, 0.4 + ½ · 0.2, 0.2).
+    """
+    one, r, values = torch.ones(1, 3), torch.tensor([[0, 0, 1]]), f64([[0.2, 0.4, 0.8]])
+    close(rewards_to_go(f64([[1, 2, 8]]), one, 0.5), [[4.0, 6.0, 8.0]])
+    close(rewards_to_go(f64([[1, 2, 8]]), one), [[11.0, 10.0, 8.0]])
+    close(rewards_to_go(r, one, 0.5), torch.tensor([[0.25, 0.5, 1.0]]))  # nothing is cut to whole
+    close(gae(r, values, one, 1.0, 0.5), f64([[0.45, 0.5, 0.2]]))
+    close(gae(r, values, one), gae(r, values, one, 1, 0.95))
+    close(gae(r[:, 2:], values[:, 2:], one[:, 2:]), f64([[0.2]]))  # a response of one token
+
+@pytest.mark.parametrize("gamma, lam", [(1, 0.95), (0.9, 0.6), (0.9, 0.0), (0.9, 1.0)])
+def test_gae_is_the_weighted_sum_of_the_n_step_estimates(gamma, lam):
+    """A_t = (1−λ) (Â¹ + λ Â² + λ² Â³ + …), Âⁿ_t = Σ_{k<n} γ^k r_{t+k} + γⁿ V_{t+n} − V_t.
+
+    All Âⁿ that reach the end are equal, so the first that does, the m-th, has all the weight that
+    is left: (1−λ)(λ^{m−1} + λ^m + …) = λ^{m−1}. With m = 2 that is (1−λ) Â¹ + λ Â².
+    λ = 0 gives the TD error δ_t = r_t + γ V(s_{t+1}) − V(s_t), λ = 1 rewards-to-go minus V.
+    """
+    w = listed(0)
+    values = normal(*w.mask.shape, seed=9).where(w.mask, 0)
+    got = gae(w.rewards, values, w.mask, gamma, lam)
+    for i, length in enumerate(w.lengths.tolist()):
+        r, v = w.rewards[i, :length].tolist(), values[i, :length].tolist() + [0.0]
+        for t in range(length):
+            n_step = [sum(gamma**k * r[t + k] for k in range(n)) + gamma**n * v[t + n] - v[t]
+                      for n in range(1, length - t + 1)]  # Â¹, Â², …, Âᵐ
+            expected = sum((1 - lam) * lam**k * A for k, A in enumerate(n_step[:-1]))
+            close(got[i, t], expected + lam**(len(n_step) - 1) * n_step[-1])
+    assert not got[~w.mask].any()
+    if lam == 1:
+        close(got, rewards_to_go(w.rewards, w.mask, gamma) - values)
+
+@SEEDS
+@pytest.mark.parametrize("lam", [0.0, 0.3, 0.95, 1.0])
+def test_gae_is_unbiased_for_every_lambda_when_V_is_exact(seed, lam):
+    """E[Σ_t ∇log π(a_t|s_t) A_t^λ] = ∇J if V = V^π: later δ have expectation 0 given a_t."""
+    w = listed(seed)
+    A = gae(w.rewards, w.values, w.mask, lam=lam)
+    close(moments(w.p, policy_gradients(w, A))[0], w.grad_J)
+
+@SEEDS
+def test_with_a_wrong_V_bias_falls_and_variance_rises_with_lambda(seed):
+    """‖E ĝ_λ − ∇J‖ falls to 0 as λ → 1 while tr Cov ĝ_λ rises, here for a critic at half of V."""
+    w = listed(seed)
+    half, bias, variance = 0.5 * w.values, [], []  # a critic that has learned half of the value
+    for lam in (0.0, 0.25, 0.5, 0.75, 1.0):
+        mean, trace = moments(w.p, policy_gradients(w, gae(w.rewards, half, w.mask, lam=lam)))
+        bias.append(float((mean - w.grad_J).norm()))
+        variance.append(float(trace))
+    assert bias[0] > 0.02 and bias[-1] < 1e-10
+    assert all(b < a for a, b in zip(bias, bias[1:]))
+    assert all(b > a for a, b in zip(variance, variance[1:]))
+
+# ======== 7. Importance sampling =================================================================
+
+@functools.cache
+def moved(seed, distance):
+    """θ moved away from θ_old = listed(seed)'s: (log π of its trajectories (N, T), policy)."""
+    w = listed(seed)
+    policy = moved_by(copy.deepcopy(w.gpt), distance, draws(77))
+    return w.world.read(w.world.table(policy)), policy
+
+@SEEDS
+def test_the_product_of_ratios_turns_an_expectation_under_pi_old_into_one_under_pi(seed):
+    """E_π[f] = E_{π_old}[Π_t π(a_t|s_t) / π_old(a_t|s_t) · f(τ)], exactly, however far apart."""
+    w, one = listed(seed), torch.ones(1, 1)
+    log_probs, R = moved(seed, 0.3)[0].detach(), w.rewards.sum(1)
+    new, old = log_probs.sum(1), w.log_probs.sum(1)  # a response as one action: its ρ is Π_t ρ_t
+    weighed = torch.stack([-ppo_policy_loss(*(x.view(1, 1) for x in row), one, clip=1e9)
+                           for row in zip(new, old, R)])                   # (N,) ρ R(τ)
+    J = w.world.probability(log_probs) @ R
+    close(w.p @ weighed, J)
+    assert abs(J - w.J) > 1e-3  # without the ratios it is another number
+
+@SEEDS
+def test_ppos_gradient_is_the_policy_gradient_at_theta_old_and_departs_from_it(seed):
+    """∇E_old Σ_t min(ρA, clip(ρ)A) = E Σ_t A_t ∇log π(a_t|s_t) = ∇J where ρ_t = 1.
+
+    Further off, also without a clip, the states that π visits have changed: ρ_t reweighs a_t but
+    not s_t, whose own weight is the product of the ratios before it.
+    """
+    w = listed(seed)
+    A, errors = gae(w.rewards, w.values, w.mask), []
+    for distance, clip in ((0.0, 0.2), (0.0, 1e9), (0.01, 1e9), (0.1, 1e9), (0.5, 1e9)):
+        log_probs, policy = moved(seed, distance)
+        J = (w.world.probability(log_probs) * w.rewards.sum(1)).sum()
+        surrogate = -sum(  # the loss is a mean over tokens: times their number, it is a sum
+            p * n * ppo_policy_loss(log_probs[i:i + 1], w.log_probs[i:i + 1], A[i:i + 1],
+                                    w.mask[i:i + 1], clip)
+            for i, (p, n) in enumerate(zip(w.p, w.lengths)))
+        errors.append(float((flat_grad(surrogate, policy) - flat_grad(J, policy)).norm()))
+    assert max(errors[:2]) < 1e-10 and 1e-3 < errors[2] < errors[3] < errors[4]
+
+# ======== 8. PPO's losses ========================================================================
+
+def test_ppos_gradient_is_zero_where_clipping_binds_and_whole_on_the_pessimistic_side():
+    """∂/∂log π of min(ρA, clip(ρ, 0.8, 1.2)A) = ρA, or exactly 0 where the clipped side is less."""
+    cases = [  # ρ, A, the value of the minimum, its slope
+        (1.5, 2.0, 1.2 * 2.0, 0.0),           # good and already more likely: clipped
+        (0.5, 2.0, 0.5 * 2.0, 0.5 * 2.0),     # good and less likely: pulled back in full
+        (0.5, -2.0, 0.8 * -2.0, 0.0),         # bad and already less likely: clipped
+        (1.5, -2.0, 1.5 * -2.0, 1.5 * -2.0),  # bad and more likely: pushed down in full
+        (1.1, 2.0, 1.1 * 2.0, 1.1 * 2.0), (0.9, -2.0, 0.9 * -2.0, 0.9 * -2.0)]  # within the clip
+    ratio, A, value, slope = f64(cases).T[:, None]                         # 4 × (1, 6)
+    log_probs = (ratio.log() - 1.3).requires_grad_()
+    loss = ppo_policy_loss(log_probs, torch.full_like(A, -1.3), A, torch.ones(1, 6))
+    loss.backward()
+    close(loss, -value.mean())
+    close(log_probs.grad, -slope / 6)
+    assert not log_probs.grad[slope == 0].any()
+
+@pytest.mark.parametrize("clip", [0.2, 0.05])
+def test_ppos_objective_is_a_lower_bound_of_the_unclipped_surrogate(clip):
+    """min(ρA, clip(ρ)A) <= ρA for each token, equal where ρ is within 1 ± ε; then their mean."""
+    old, noise, A = normal(3, 40, 5)
+    new, mask = old + 0.4 * noise, torch.rand(40, 5, generator=draws()) < 0.7
+    ratio = (new - old).exp()
+    each = torch.stack([-ppo_policy_loss(*(x.view(1, 1) for x in token), torch.ones(1, 1), clip)
+                        for token in zip(new.flatten(), old.flatten(), A.flatten())]).view(40, 5)
+    assert (each <= ratio * A).all() and (each < ratio * A).float().mean() > 0.1
+    inside = (ratio - 1).abs() < clip
+    close(each[inside], (ratio * A)[inside])
+    r, a = ratio.numpy(), A.numpy()
+    close(each, np.minimum(r * a, np.clip(r, 1 - clip, 1 + clip) * a))
+    close(ppo_policy_loss(new, old, A, mask, clip), -each[mask].mean())
+    close(ppo_policy_loss(new, old, A, mask), ppo_policy_loss(new, old, A, mask, 0.2))
+
+def test_the_value_loss_is_the_pessimistic_of_two_squares():
+    """½ E max((V − R)², (clip(V, V_old ± ε) − R)²), an upper bound of the plain square.
+
+    ∂/∂V of a term is V − R, or 0 where the clipped square is the larger.
+    """
+    values, old, R = normal(3, 40, 5)
+    mask = torch.rand(40, 5, generator=draws()) < 0.7
+    v, o, r = values.numpy(), old.numpy(), R.numpy()
+    for clip in (0.2, 0.6):
+        terms = np.maximum((v - r)**2, (np.clip(v, o - clip, o + clip) - r)**2)
+        got = value_loss(values, old, R, mask, clip)
+        close(got, 0.5 * terms[mask.numpy()].mean())
+        assert got > 0.5 * ((values - R)**2)[mask].mean()
+    close(value_loss(values, old, R, mask), value_loss(values, old, R, mask, 0.2))
+    leaf = f64([[1.5, 0.5, 1.5, 0.5, 1.1]], requires_grad=True)  # V_old is 1: V − R, or clipped
+    value_loss(leaf, torch.ones(1, 5), f64([[2, -1, -1, 2, 2]]), torch.ones(1, 5)).backward()
+    close(5 * leaf.grad, [[0.0, 0.0, 2.5, -1.5, -0.9]])
+
+def test_only_the_current_policy_and_value_get_a_gradient():
+    """Weights, π_old, A, V_old and R are constants, also where a caller computed them with one."""
+    x, mask = normal(8, 6, 5).requires_grad_().unbind(), torch.ones(6, 5)
+    losses = {policy_gradient_loss: x[:2], ppo_policy_loss: x[2:5], value_loss: x[5:]}
+    for loss, (learned, *constants) in losses.items():
+        y = loss(learned, *constants, mask)
+        by_learned, *rest = torch.autograd.grad(y, [learned, *constants], allow_unused=True)
+        assert by_learned.any() and all(g is None or not g.any() for g in rest), loss.__name__
+
+def test_entropy_is_exact_and_largest_when_uniform():
+    """H = −Σ_a π(a|s) log π(a|s) <= log V, over the valid steps; its gradient vanishes there."""
+    w = listed(0)
+    log_p = w.world.table(w.gpt).detach()[w.world.state_of]
+    logits = log_p + 5 * normal(80, 3, 1)  # a constant changes no softmax
+    close(entropy(logits, w.mask), -(log_p.exp() * log_p).sum(-1)[w.mask].mean())
+    level = torch.full((1, 1, 5), 3.0, dtype=torch.float64, requires_grad=True)
+    H = entropy(level, torch.ones(1, 1))
+    close(H, math.log(5))
+    close(torch.autograd.grad(H, level)[0], torch.zeros_like(level), 1e-12)
+    assert entropy(torch.tensor([[[0.0, 1e4]]]), torch.ones(1, 1)) == 0  # not NaN: 0 log 0 = 0
+
+def test_masked_mean_and_whiten_are_those_of_the_valid_entries():
+    """Σ m x / Σ m;  (x − mean) / std over the valid entries, 0 elsewhere."""
+    x, mask = f64([[1.0, 3.0, 9e9], [8.0, -9e9, 9e9]]), torch.tensor([[1.0, 1, 0], [1, 0, 0]])
+    close(masked_mean(x, mask), 4.0)
+    valid = np.array([1.0, 3.0, 8.0])
+    a, b, c = (valid - valid.mean()) / valid.std()
+    close(whiten(x, mask), [[a, b, 0], [c, 0, 0]], 1e-8)
+    assert masked_mean(x, torch.zeros(2, 3)) == 0  # nothing valid: no division by 0
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_constant_whitens_to_exactly_0(dtype):
+    """Without spread there is no signal: 1000.1 everywhere must not become 0.95 by rounding."""
+    for value, n in itertools.product((0.0, 1.0, 1000.1, -0.1, 3e5), (1, 3, 7, 100, 4096)):
+        x = torch.full((2, n), value, dtype=dtype)
+        for mask in (torch.ones(2, n), torch.arange(n) < torch.tensor([[n], [1]])):
+            assert not whiten(x, mask).any(), (value, n)
+    x = 1000.1 + 0.01 * normal(2, 100)  # where there is some, its scale is still 1
+    assert whiten(x.float(), torch.ones(2, 100)).std() == pytest.approx(1, abs=0.05)
+
+# ======== 9. The KL penalty ======================================================================
+
+def pair_of_policies(seed, distance):
+    """(π = listed(seed), log π_ref (N, T), KL(π‖π_ref) = Σ_s P(s) KL(π(·|s)‖π_ref(·|s)))."""
+    w = listed(seed)
+    ref_log_probs, ref = moved(seed, distance)
+    pi, log_ref = w.world.table(w.gpt).detach(), w.world.table(ref).detach()
+    by_state = (pi.exp() * (pi - log_ref)).sum(1)
+    visits = torch.zeros_like(by_state)  # P(s): how often π comes to s
+    visits.index_add_(0, w.world.state_of[w.mask], w.p[:, None].expand_as(w.mask)[w.mask])
+    return w, ref_log_probs.detach(), (visits * by_state).sum()
+
+@SEEDS
+def test_the_kl_penalties_of_a_trajectory_have_expectation_minus_beta_kl(seed):
+    """E_π Σ_t −β (log π(a_t|s_t) − log π_ref(a_t|s_t)) = −β KL(π‖π_ref).
+
+    With the score, E_π Σ_t r_t = J(π) − β KL(π‖π_ref), the objective of RLHF, and so its gradient.
+    """
+    w, ref, kl = pair_of_policies(seed, 0.2)
+    rewards = kl_penalized_rewards(w.rewards.sum(1), w.log_probs, ref, w.mask, 0.3)
+    close((w.p * rewards.sum(1)).sum(), w.J - 0.3 * kl)
+    assert kl > 0.05
+    log_probs = w.world.read(w.world.table(w.gpt))  # here ∇ does run through the log π in r_t
+    objective = w.world.probability(log_probs) * (
+        w.rewards.sum(1) - 0.3 * (log_probs - ref).sum(1))
+    estimates = policy_gradients(w, rewards_to_go(rewards, w.mask))  # and here it need not
+    close(moments(w.p, estimates)[0], flat_grad(objective.sum(), w.gpt))
+
+@SEEDS
+def test_k1_and_k3_are_unbiased_and_k3_varies_less_and_exchanged_is_wrong(seed):
+    """E_π Σ −Δ = E_π Σ (e^Δ − 1 − Δ) = KL(π‖π_ref), Δ = log π_ref − log π; e^x >= 1 + x.
+
+    Near π_ref k3 varies less. With π and π_ref exchanged it reads several times the KL far off.
+    """
+    for distance in (0.05, 0.4, 0.8):
+        w, ref, kl = pair_of_policies(seed, distance)
+        k1, k3 = kl_estimates(w.log_probs, ref, w.mask)
+        assert k1.shape == k3.shape == (80,)
+        close((w.p * k1).sum(), kl)
+        close((w.p * k3).sum(), kl)
+        assert k3.min() >= 0 > k1.min()
+        assert distance > 0.05 or w.p @ (k3 - kl)**2 < w.p @ (k1 - kl)**2 / 5
+        _, exchanged = kl_estimates(ref, w.log_probs, w.mask)
+        assert distance < 0.8 or w.p @ exchanged > 2 * kl
+
+def test_the_adaptive_coefficient_rises_above_the_target_and_falls_below_it():
+    """β ← β (1 + 0.1 · clip(KL / target − 1, ±0.2))  (Ziegler et al. 2019, section 2.2)."""
+    for kl, expected in ((6.0, 0.1), (6.6, 0.101), (5.4, 0.099),
+                         (600.0, 0.102), (0.0, 0.098)):  # the last two are clipped
+        assert adapt_kl_coef(0.1, kl, 6.0) == pytest.approx(expected, abs=1e-15)
+
+# ======== 10. The optimum ========================================================================
+
+def structured_score(response):
+    """A reward with structure: tokens and pairs of tokens that are liked or not, and length."""
+    score = sum((0.5, -0.5, 0.2, 0.0, 0.3)[a] for a in response) - 0.1 * len(response)
+    for pair in zip(response, response[1:]):
+        score += {(2, 3): 1.0, (0, 0): -1.2}.get(pair, 0.0)
+    return score
+
+def score_rollout(r):
+    return torch.tensor([structured_score(a[m].tolist()) for a, m in zip(r.actions, r.mask)])
+
+# Config as shipped, but for sizes and a learning rate that suit a few thousand parameters.
+OPTIMUM_CONFIG = dict(max_new_tokens=4, block_size=16, temperature=1.0, missing_eos_score=None,
+                      ppo_iterations=100, ppo_batch_size=512, minibatch_size=128, ppo_epochs=2,
+                      micro_batch_size=128, ppo_lr=2e-3)
+OPTIMUM_PROMPTS = [(4, 1), (4, 2, 0, 3)]
+
+@torch.no_grad()
+def response_log_probs(world, policy):
+    """log π(y|x) of whole responses, (N,)."""
+    return world.read(world.table(policy)).double().sum(1)
+
+@functools.cache
+def optimum_world():
+    """(world, r(x, y) (N,), π_ref, log π_ref(y|x) (N,))."""
+    world = World(OPTIMUM_PROMPTS, 5, 4)
+    reference = tiny_gpt(0, vocab=5, width=16, context=16, std=0.1).float()
+    return world, score_rollout(world).double(), reference, response_log_probs(world, reference)
+
+def objective(log_p, beta):
+    """J = E_π[r] − β KL(π‖π_ref), exact, of any distribution log_p (N,) over responses."""
+    world, scores, _, log_ref = optimum_world()
+    return float((log_p.exp() * (scores - beta * (log_p - log_ref))).sum() / len(world.prompts))
+
+def optimum(beta):
+    """(β log Z(x) averaged over prompts, log π*): Z(x) = Σ_y π_ref(y|x) exp(r(x, y)/β)."""
+    world, scores, _, log_ref = optimum_world()
+    tilted = (log_ref + scores / beta).view(len(world.prompts), -1)
+    return float(beta * tilted.logsumexp(1).mean()), tilted.log_softmax(1).flatten()
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 2.0])
+def test_the_optimum_is_the_reference_tilted_by_the_reward(beta):
+    """max_π E[r] − β KL(π‖π_ref) = β log Z at π* ∝ π_ref exp(r/β); any π loses β KL(π‖π*)."""
+    best, log_best = optimum(beta)
+    assert abs(objective(log_best, beta) - best) < 1e-10
+    for step in (-0.5, 0.01, 1.0):
+        log_p = (log_best + step * normal(len(log_best))).view(2, -1).log_softmax(1).flatten()
+        kl = float((log_p.exp() * (log_p - log_best)).sum() / 2)
+        assert kl > 0 and abs(objective(log_p, beta) - (best - beta * kl)) < 1e-10
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_train_ppo_comes_99_hundredths_of_the_way_to_the_optimum(beta):
+    """(J(π) − J(π_ref)) / (β log Z − J(π_ref)) >= 0.99: what is missing is sampling noise."""
+    world, _, reference, log_ref = optimum_world()
+    policy, config = ActorCritic(reference), Config(kl_coef=beta, **OPTIMUM_CONFIG)
+    for _ in train_ppo(policy, reference, score_rollout, list(map(list, OPTIMUM_PROMPTS)), config):
+        pass
+    start, end = objective(log_ref, beta), objective(response_log_probs(world, policy), beta)
+    best, _ = optimum(beta)
+    assert 0.99 <= (end - start) / (best - start) <= 1 + 1e-6
+
+# ======== 11. The plumbing: what users of other libraries stumble over ===========================
+
+# Recorded from TRL 0.7.10 (transformers 4.37.2, torch 2.13.0 on a CPU), in float32, by
+#     trainer = object.__new__(PPOTrainer)
+#     trainer.config = PPOConfig(gamma=0.97, lam=0.9, cliprange=0.2, cliprange_value=0.2, vf_coef=1)
+#     trainer.kl_ctl = FixedKLController(0.2)
+#     rewards, _, _ = trainer.compute_rewards(scores, old, ref, mask)
+#     _, advantages, returns = trainer.compute_advantages(values, rewards, mask)
+#     policy, value, stats = trainer.loss(old, values, logits, new_values,
+#         logprobs_from_logits(logits, actions), mask, advantages, returns)
+#     (policy + value).backward()
+# with scores (1.3, -0.7, 0.4) for responses of 3, 1 and 2 tokens, padded by 0. Here are the valid
+# tokens alone, one row behind the other.
+TRL_INPUT = dict(
+    actions=[2, 0, 1, 1, 0, 2], old=[-0.5, -0.8, -0.4, -0.9, -0.4, -2.2],
+    ref=[-0.8, -0.2, -0.8, -1.4, -0.1, -1.3], values=[0.2, -0.1, 0.5, 0.3, -0.6, 0.1],
+    new_values=[0.3, 0.4, 0.1, 0.2, -0.2, -0.7],
+    logits=[[0.3, -1.2, 0.8], [1.1, 0.4, -0.9], [-0.7, 0.9, 0.2],
+            [-0.4, -0.6, 1.3], [1.4, 0.3, -0.6], [0.2, 1.6, -0.5]])
+TRL_OUTPUT = dict(
+    rewards=[-0.06, 0.12, 1.22, -0.8, 0.06, 0.58],
+    returns=[1.007198, 1.23356, 1.22, -0.8, 0.57604, 0.58],
+    advantages=[0.2717663, 0.8734846, 0.1720846, -1.908474, 0.6934134, -0.1022746],
+    log_probs=[-0.5549569, -0.4897576, -0.5297348, -2.186871, -0.3840415, -2.414119],
+    policy_loss=-0.09196494, value_loss=0.5525451, entropy=0.8304774,
+    by_value=[-0.1178663, 0.0, -0.1866667, 0.1666667, 0.0, -0.2133333],
+    by_logits=[[0.01492846, 0.003330989, -0.01825944], [0.0, 0.0, 0.0],
+               [0.00299444, -0.01035957, 0.007365135], [0.0, 0.0, 0.0],
+               [-0.03744742, 0.02662322, 0.01082419], [-0.002478524, -0.01005091, 0.01252943]])
+
+def test_rewards_advantages_losses_and_gradients_are_those_of_trl():
+    """What the library of the lecture computes from the same numbers, to 1e-6.
+
+    The score lands on the last valid step of a long, a short and a one-token response.
+    TRL whitens by the unbiased standard deviation: its advantages are smaller by √((n−1)/n).
+    """
+    mask = torch.arange(3) < torch.tensor([3, 1, 2])[:, None]
+
+    def ragged(rows):
+        x = torch.tensor(rows)
+        return x.new_zeros(3, 3, *x.shape[1:]).index_put((mask,), x)
+
+    x = SimpleNamespace(**{name: ragged(rows) for name, rows in TRL_INPUT.items()})
+    x.logits.requires_grad_(), x.new_values.requires_grad_()
+    rewards = kl_penalized_rewards(torch.tensor([1.3, -0.7, 0.4]), x.old, x.ref, mask, 0.2)
+    A = gae(rewards, x.values, mask, 0.97, 0.9)
+    advantages, returns = whiten(A, mask) * math.sqrt(5 / 6), A + x.values
+    log_probs = gather_log_probs(x.logits, x.actions)
+    policy_loss = ppo_policy_loss(log_probs, x.old, advantages, mask, 0.2)
+    value = value_loss(x.new_values, x.values, returns, mask, 0.2)
+    (policy_loss + value).backward()
+    got = dict(rewards=rewards, returns=returns, advantages=advantages, log_probs=log_probs,
+               by_value=x.new_values.grad, by_logits=x.logits.grad, policy_loss=policy_loss,
+               value_loss=value, entropy=entropy(x.logits, mask))
+    for name, y in got.items():
+        close(y[mask] if y.dim() else y, torch.tensor(TRL_OUTPUT[name]), 1e-6)
+        assert y.dim() == 0 or not y[~mask].any() or name == "log_probs"
+
+def arguments(dtype=torch.float32):
+    """Random arguments for every function of tensors."""
+    names = ("log_probs", "old", "ref", "rewards", "values", "old_values", "returns", "advantages")
+    x = {name: normal(6, 5, seed=i).to(dtype) for i, name in enumerate(names)}
+    return x | {"logits": normal(6, 5, 3, seed=8).to(dtype), "scores": normal(6).to(dtype),
+                "actions": torch.randint(3, (6, 5), generator=draws()),
+                "mask": torch.arange(5) < torch.tensor([5, 1, 3, 4, 2, 5])[:, None]}
+
+def soiled(x, garbage):
+    """The same with garbage in the padding, of either sign, so that differences are garbage too."""
+    mask, signs = x["mask"], torch.tensor([1.0, -1.0, 0.0])
+    dirty = {name: v.where(mask, -garbage if name in ("old", "ref", "returns") else garbage)
+             for name, v in x.items() if v.shape == mask.shape and v.is_floating_point()}
+    return x | dirty | {"logits": x["logits"].where(mask[..., None], garbage * signs),
+                        "actions": x["actions"].where(mask, 2)}
+
+def everything(x, f=rlhf):
+    """What each function of the module `f` makes of the arguments x, and its gradients."""
+    leaves = {name: x[name].clone().requires_grad_() for name in ("log_probs", "values", "logits")}
+    t, mask = SimpleNamespace(**x | leaves), x["mask"]
+    k1, k3 = f.kl_estimates(t.log_probs, t.ref, mask)
+    results = {
+        "rewards": f.kl_penalized_rewards(t.scores, t.log_probs, t.ref, mask, 0.3),
+        "to_go": f.rewards_to_go(t.rewards, mask, 0.9), "whiten": f.whiten(t.advantages, mask),
+        "gae": f.gae(t.rewards, t.values, mask, 0.9, 0.8), "mean": f.masked_mean(t.rewards, mask),
+        "policy_gradient": f.policy_gradient_loss(t.log_probs, t.advantages, mask),
+        "ppo": f.ppo_policy_loss(t.log_probs, t.old, t.advantages, mask), "k1": k1, "k3": k3,
+        "value": f.value_loss(t.values, t.old_values, t.returns, mask),
+        "entropy": f.entropy(t.logits, mask),
+        "gathered": f.gather_log_probs(t.logits, t.actions).where(mask, 0),
+        "pairs": f.reward_model_loss(t.scores, -t.scores),
+        "ranking": f.ranking_loss(t.scores.view(2, 3))}
+    gradients = {
+        (name, leaf): grad for name, y in results.items() if y.requires_grad
+        for leaf, grad in zip(leaves, torch.autograd.grad(
+            y.sum(), [*leaves.values()], retain_graph=True, allow_unused=True,
+            materialize_grads=True))}
+    return {name: value.detach() for name, value in (results | gradients).items()}
+
+@pytest.mark.parametrize("garbage", [7.0, 1e4, -1e4, 3e38, -3e38, math.inf, -math.inf, math.nan])
+def test_garbage_in_the_padding_changes_no_output_bit(garbage):
+    """m_t = 0 ⇒ no influence. Multiplying by the mask would not do: exp(1e4) · 0 = NaN."""
+    x = arguments()
+    clean, dirty = everything(x), everything(soiled(x, garbage))
+    for name, value in clean.items():
+        if "gathered" in name and not math.isfinite(garbage):
+            continue  # it has no mask of its own, so no gradient behind a logit that is not finite
+        assert torch.equal(value, dirty[name]), name
+        assert torch.equal(value.signbit(), dirty[name].signbit()), name  # -0.0 is another bit
+        if value.shape[:2] == x["mask"].shape:
+            assert not dirty[name][~x["mask"]].any(), name  # 0 after the end
+
+def test_float64_stays_float64_and_bf16_is_raised_to_float32():
+    """Results are those of the same numbers in float32, not rounded to 8 bits in between."""
+    assert {y.dtype for y in everything(arguments(torch.float64)).values()} == {torch.float64}
+    narrow = arguments(torch.bfloat16)
+    wide = {name: v.float() if v.is_floating_point() else v for name, v in narrow.items()}
+    exact = everything(wide)
+    for name, y in everything(narrow).items():
+        assert torch.equal(y, exact[name].to(y.dtype)), name
+        is_gradient = isinstance(name, tuple)  # which has the dtype of its leaf
+        assert is_gradient or y.dtype == torch.float32, name
+
+def copied(f):
+    """The function as it works in other code: with torch, F, and the helpers that its docstring
+    says it needs, which are copied in the same way."""
+    helpers = re.findall(r"`(\w+)`", f.__doc__.partition("Needs ")[2])
+    world = {"torch": torch, "F": F}
+    for name in helpers:
+        helper = getattr(rlhf, name)
+        world[name] = copied(helper) if inspect.isfunction(helper) else helper
+    exec(inspect.getsource(f), world)
+    return world[f.__name__]
+
+def test_each_function_works_when_it_is_copied_alone():
+    """No global but torch, F and the helpers that the docstring names; the same results."""
+    functions = SimpleNamespace(**{f.__name__: copied(f) for f in (
+        reward_model_loss, ranking_loss, gather_log_probs, kl_penalized_rewards, rewards_to_go,
+        policy_gradient_loss, gae, masked_mean, whiten, ppo_policy_loss, value_loss, entropy,
+        kl_estimates)})
+    expected = everything(arguments())
+    for name, y in everything(arguments(), functions).items():
+        assert torch.equal(y, expected[name]), name
+    assert copied(adapt_kl_coef)(0.1, 6.6, 6.0) == adapt_kl_coef(0.1, 6.6, 6.0)
+    ours, theirs = [vars(f(tiny_gpt(), [[3], [3, 1]] * 4, 5, 3, 0.9, draws())).values()
+                    for f in (rollout, copied(rollout))]
+    assert all(map(torch.equal, ours, theirs))
+
+def experience_of(policy, reference, seed=0, reward_fn=score_rollout, **settings):
+    """A batch of experience on ragged prompts, with a score that depends on the response."""
+    config = Config(**dict(max_new_tokens=5, block_size=12, ppo_batch_size=12, minibatch_size=12,
+                           ppo_epochs=1, kl_coef=0.3, missing_eos_score=None) | settings)
+    prompts = [list(x) for x in RAGGED] * (config.ppo_batch_size // 2)
+    return collect(policy, reference, reward_fn, prompts, config, draws(seed)), config
+
+def updated(policy, experience, config, lr=0.1, documents=None):
+    """(a copy of the policy after ppo_update, its metrics)."""
+    learner = copy.deepcopy(policy)
+    metrics = ppo_update(learner, sgd(learner, lr), experience, config, draws(), documents)
+    return learner, metrics
+
+WIDE = dict(vocab=40, layers=2, heads=4, width=64, context=64, std=0.02)
+
+@pytest.mark.parametrize("micro_batch_size", [4, 8, 16, 32])
+def test_the_ratio_of_every_token_is_1_before_the_first_update(micro_batch_size, monkeypatch):
+    """ρ_t = π/π_old = 1 exactly: a dropout, or a text that was encoded anew, would show here."""
+    policy, seen = tiny_policy(0, **WIDE).float(), []
+    e, config = experience_of(
+        policy, tiny_gpt(1, **WIDE).float(), reward_fn=lambda r: r.mask.sum(1), ppo_batch_size=64,
+        minibatch_size=32, micro_batch_size=micro_batch_size, max_new_tokens=40, block_size=64)
+    assert len(set(e.mask.sum(1).tolist())) > 10  # responses of many lengths
+
+    def watched(log_probs, old_log_probs, advantages, mask, *rest):
+        seen.append(torch.equal(log_probs[mask], old_log_probs[mask]))
+        return ppo_policy_loss(log_probs, old_log_probs, advantages, mask, *rest)
+
+    monkeypatch.setattr(rlhf, "ppo_policy_loss", watched)
+    learner, metrics = updated(policy, e, config, lr=0.0)
+    assert len(seen) == 64 // micro_batch_size and all(seen) and same(learner, policy)
+    assert metrics["approx_kl"] == 0 and metrics["clip_fraction"] == 0 and metrics["grad_norm"] > 0
+
+def test_a_row_reads_the_same_bits_in_every_micro_batch_and_behind_any_padding():
+    """Right-padding and causal attention: what stands behind a row, or beside it, is not read."""
+    policy = tiny_policy(0, **WIDE).float()
+    r = rollout(policy, [[39] + [n] * (n % 7) for n in range(32)], 40, 39, generator=draws())
+    whole = rlhf.forward_responses(policy, r, 0.8)
+    for rows in torch.randperm(32, generator=draws()).split([1, 2, 5, 8, 16]):
+        part = r.take(rows)
+        T, S = part.mask.shape[1], part.tokens.shape[1]
+        assert torch.equal(part.mask, r.mask[rows, :T]) and part.mask[:, -1].any()
+        for padding, token in ((0, 0), (3, 7), (16, 39)):
+            tokens = F.pad(part.tokens, (0, min(padding, 64 - S)), value=token)
+            got = rlhf.forward_responses(policy, dataclasses.replace(part, tokens=tokens), 0.8)
+            for a, b in zip(got, whole, strict=True):
+                assert torch.equal(a[part.mask], b[rows, :T][part.mask])
+
+def test_collect_computes_each_step_of_the_derivation():
+    """log π, log π_ref and V along τ ~ π; r_t; A_t by GAE; R_t = A_t + V(s_t), not whitened.
+
+    V(s_0) is the value of the prompt alone, read at position P−1: it cannot know a_0.
+    """
+    policy, reference = tiny_policy(0), tiny_gpt(1)
+    settings = dict(temperature=0.8, gamma=0.9, lam=0.7)
+    e, _ = experience_of(policy, reference, **settings)
+    for b, prompt in enumerate(RAGGED * 6):
+        for t in range(int(e.mask[b].sum())):
+            state, a = list(prompt) + e.actions[b, :t].tolist(), e.actions[b, t]
+            close(e.log_probs[b, t], log_pi(policy, state, 0.8)[a])
+            close(e.ref_log_probs[b, t], log_pi(reference, state, 0.8)[a])
+            close(e.values[b, t], V(policy, state))
+    close(e.scores, score_rollout(e).double())
+    close(e.rewards, kl_penalized_rewards(e.scores, e.log_probs, e.ref_log_probs, e.mask, 0.3))
+    close(e.advantages, gae(e.rewards, e.values, e.mask, 0.9, 0.7))
+    close(e.returns, e.advantages + e.values)
+    parts, _ = experience_of(policy, reference, micro_batch_size=5, **settings)  # smaller passes
+    for name in "log_probs ref_log_probs values scores rewards advantages returns".split():
+        x = getattr(e, name)
+        assert not x.requires_grad and x.dtype == torch.float64, name
+        assert x.dim() == 1 or not x[~e.mask].any(), name
+        close(getattr(parts, name), x, 1e-12)
+
+def test_a_cut_response_scores_missing_eos_score_and_an_end_token_has_a_gradient():
+    """A response without an end token scores missing_eos_score, or reward_fn's if that is None.
+
+    a_T = end is an action like any other; where padding is the same token, some mask it away.
+    """
+    (own, _), (fixed, _) = [experience_of(
+        tiny_policy(0), tiny_gpt(1), seed=3, max_new_tokens=3, missing_eos_score=score)
+        for score in (None, -3.0)]
+    ended = rlhf.ends(own, 3)
+    assert ended.any() and not ended.all() and (own.scores[~ended] != -3).all()
+    close(fixed.scores, own.scores.where(ended, -3.0))
+    assert Config().missing_eos_score <= -2  # scores have std 1: lower than nearly all that ended
+    at_end, log_probs = (own.actions == 3) & own.mask, own.log_probs.clone().requires_grad_()
+    ppo_policy_loss(log_probs, own.log_probs, own.advantages, own.mask).backward()
+    assert torch.equal(at_end.any(1), ended) and (log_probs.grad[at_end] != 0).all()
+
+def test_collect_refuses_what_would_become_wrong_rewards(monkeypatch):
+    """Scores that are not (B,), and a mask with left padding or a hole, which moves the score."""
+    policy, reference = tiny_policy(0), tiny_gpt(1)
+    for shape in ((), (1,), (12, 1), (12, 5)):
+        with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}.*\(12,\)"):
+            experience_of(policy, reference, reward_fn=lambda r: torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"reward_fn .*\(12,\)"):
+        experience_of(policy, reference, reward_fn=lambda r: None)
+    e, _ = experience_of(policy, reference, reward_fn=lambda r: [1.0] * 12)
+    assert e.scores.sum() == 12 and e.scores.dtype == torch.float64
+    good = rollout(policy, [list(x) for x in RAGGED] * 6, 5, 3, generator=draws())
+    for hole in (0, 1):
+        mask = good.mask.clone()
+        mask[good.mask.sum(1).argmax(), hole] = False
+        bad = dataclasses.replace(good, mask=mask)
+        monkeypatch.setattr(rlhf, "rollout", lambda *args, **kw: bad)
+        with pytest.raises(ValueError, match="prefix of ones"):
+            experience_of(policy, reference)
+    for f in (kl_penalized_rewards, rewards_to_go, gae):  # a copied function can only say so
+        assert re.search(r"prefix(es)?\s+of\s+ones", f.__doc__)
+
+def test_nothing_to_learn_from_is_refused_by_name():
+    """An empty list, from a filter that kept nothing, is one ValueError, not an IndexError."""
+    gpt, config = tiny_gpt(), Config(max_new_tokens=4)
+    policy, model = ActorCritic(gpt), RewardModel(gpt)
+    for call in (lambda: list(train_language_model(gpt, [], config)),
+                 lambda: list(train_reward_model(model, [], config)),
+                 lambda: list(train_ppo(policy, gpt, score_rollout, [], config)),
+                 lambda: rlhf.normalize_rewards(model, gpt, [], config),
+                 lambda: rlhf.corpus_loss(gpt, []), lambda: rlhf.reward_model_accuracy(model, []),
+                 lambda: rlhf.evaluate(policy, gpt, score_rollout, [], config)):
+        with pytest.raises(ValueError, match="no (prompt|document|comparison)"):
+            call()
+
+def test_a_policy_starts_as_a_whole_trainable_copy_whose_value_is_0():
+    """V_θ(s) = 0 before training. The reference is frozen; what starts from it is not."""
+    gpt = tiny_gpt(0).requires_grad_(False)
+    policy, tokens = ActorCritic(gpt), torch.tensor([[3, 1, 2]])
+    logits, values = policy(tokens)
+    close(logits, gpt(tokens), 1e-12)
+    assert not values.any() and values.shape == (1, 3) and values.dtype == torch.float64
+    for model in (policy, RewardModel(gpt)):
+        assert all(p.requires_grad for p in model.parameters()) and same(model.gpt, gpt)
+        assert not {id(p) for p in gpt.parameters()} & {id(p) for p in model.parameters()}
+    assert not any(p.requires_grad for p in gpt.parameters())
+
+def test_losses_are_computed_in_float32_under_autocast(monkeypatch):
+    """log-softmax and losses are float32 even where logits are bf16: 8 bits lose small ratios."""
+    policy, seen = tiny_policy(0, width=16, std=0.1).float(), []
+    for name in ("ppo_policy_loss", "value_loss", "entropy"):
+        monkeypatch.setattr(rlhf, name, lambda *a, loss=getattr(rlhf, name): seen.append(
+            loss(*a)) or seen[-1])
+    # rlhf's own autocast is off on a CPU, and would switch this one off inside of it
+    monkeypatch.setattr(rlhf, "autocast", lambda module: contextlib.nullcontext())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert policy(torch.tensor([[3, 1]]))[0].dtype == torch.bfloat16
+        e, config = experience_of(policy, tiny_gpt(1).float())
+        updated(policy, e, config)
+        r = rollout(policy, [[3]], 3, 3)
+    assert len(seen) >= 3 and {x.dtype for x in seen} == {torch.float32}
+    assert {x.dtype for x in (e.log_probs, e.ref_log_probs, e.values, e.rewards, e.returns,
+                              r.log_probs)} == {torch.float32}
+
+def dirty(e):
+    """The same experience with garbage in all padding: other tokens, and numbers like 1e30."""
+    behind = torch.arange(e.tokens.shape[1]) >= (e.prompt_lengths + e.mask.sum(1))[:, None]
+    assert behind.any()
+    return dataclasses.replace(
+        e, tokens=e.tokens.where(~behind, 2), actions=e.actions.where(e.mask, 3),
+        **{name: getattr(e, name).where(e.mask, 1e30) for name in (
+            "log_probs", "ref_log_probs", "values", "rewards", "advantages", "returns")})
+
+def written_out(policy, e, c):
+    """L = −L_clip + c1 L_VF − c2 H and its metrics for each token, (tokens, 6), and their rows."""
+    valid = [(b, t) for b in range(len(e.mask)) for t in range(int(e.mask[b].sum()))]
+    A, parts = torch.stack([e.advantages[b, t] for b, t in valid]), []
+    A = (A - A.mean()) / A.std(correction=0)  # whitened over all valid tokens of the batch
+    for a, (b, t) in zip(A, valid):
+        state = e.tokens[b, :e.prompt_lengths[b] + t].tolist()
+        log_p, value = log_pi(policy, state, c.temperature), V(policy, state)
+        ratio = (log_p[e.actions[b, t]] - e.log_probs[b, t]).exp()
+        clipped = ratio if abs(ratio - 1) <= c.clip else 1 + c.clip * torch.sign(ratio - 1).detach()
+        old, R = e.values[b, t], e.returns[b, t]
+        near = old + (value - old).clamp(-c.value_clip, c.value_clip)
+        parts.append(torch.stack([-torch.minimum(ratio * a, clipped * a),
+                                  0.5 * torch.maximum((value - R)**2, (near - R)**2),
+                                  -(log_p.exp() * log_p).sum(), ratio - 1 - ratio.log(),
+                                  (abs(ratio - 1) > c.clip).double()]))
+    parts = torch.stack(parts)
+    loss = parts[:, 0] + c.value_coef * parts[:, 1] - c.entropy_coef * parts[:, 2]
+    return torch.cat([loss[:, None], parts], 1), torch.tensor([b for b, t in valid])
+
+def gradients_of_update(policy, experience, config, documents=None):
+    """(the gradient before each step, (steps, D), and the metrics), at a step size of 0."""
+    optimizer, steps = sgd(policy, 0.0), []
+    for p in policy.parameters():
+        p.grad = torch.full_like(p, 1e3)  # a caller's old gradient is no part of the sum
+    optimizer.register_step_pre_hook(lambda *_: steps.append(
+        torch.cat([p.grad.flatten() for p in policy.parameters()])))
+    metrics = ppo_update(policy, optimizer, experience, config, draws(), documents)
+    return torch.stack(steps), metrics
+
+@pytest.mark.parametrize("entropy_coef, minibatch_size, micro_batch_size, epochs", [
+    (0.0, 12, 12, 1), (0.2, 12, 12, 1), (0.2, 12, 5, 2), (0.2, 1, 1, 3)])
+def test_an_update_goes_down_the_gradient_of_the_whole_loss(
+        entropy_coef, minibatch_size, micro_batch_size, epochs):
+    """∇L of L = −L_clip + c1 L_VF − c2 H (PPO eq. 9, turned to a loss), at a step size of 0.
+
+    In minibatches of one trajectory, each epoch's gradients are those of all the trajectories; in
+    micro-batches, they add up to the minibatch's. Garbage in the padding changes no bit.
+    """
+    e, config = experience_of(tiny_policy(0), tiny_gpt(1), temperature=0.8, value_coef=0.7,
+                              clip=0.1, entropy_coef=entropy_coef, max_grad_norm=1e9,
+                              early_stop_kl=None, value_clip=0.3, minibatch_size=minibatch_size,
+                              ppo_epochs=epochs, micro_batch_size=micro_batch_size)
+    policy = moved_by(tiny_policy(0), 0.06, draws(7))  # so that ratios differ from 1, or are cut
+    parts, row = written_out(policy, e, config)
+    batches = [row == b for b in range(12)] if minibatch_size == 1 else [row >= 0]
+    means = torch.stack([parts[batch].mean(0) for batch in batches])
+    expected = torch.stack([flat_grad(mean[0], policy) for mean in means])
+    steps, metrics = gradients_of_update(policy, e, config)
+    dirty_steps, dirty_metrics = gradients_of_update(policy, dirty(e), config)
+    assert torch.equal(steps, dirty_steps) and metrics == dirty_metrics
+    assert epochs < 3 or not torch.equal(steps[0], steps[12])  # each in an order of its own
+    for epoch in steps.view(epochs, len(batches), -1):
+        close(epoch.sum(0), expected.sum(0), 2e-6)
+    for name, value in zip("policy_loss value_loss entropy approx_kl clip_fraction".split(),
+                           means.mean(0)[1:].tolist()):
+        assert metrics[name] == pytest.approx(value, abs=1e-6), name
+    assert metrics["grad_norm"] == pytest.approx(float(expected.norm(dim=1).mean()), rel=1e-6)
+    assert 0.05 < metrics["clip_fraction"] < 0.95 and metrics["updates"] == epochs * len(batches)
+
+def test_with_ptx_coef_the_gradient_is_the_sum_of_ppos_and_the_language_models():
+    """InstructGPT eq. 2: … + γ E log π(x) on documents, at temperature 1, in each gradient step."""
+    e, config = experience_of(tiny_policy(0), tiny_gpt(1), temperature=0.8, max_grad_norm=1e9,
+                              early_stop_kl=None, minibatch_size=6, micro_batch_size=4)
+    policy, x = moved_by(tiny_policy(0), 0.06, draws(7)), [3, 2, 1, 1, 3]
+    by_document = flat_grad(-sum(log_pi(policy, x[:i])[x[i]] for i in range(1, 5)) / 4, policy)
+    ppo_alone, _ = gradients_of_update(policy, e, config, [x])
+    config = dataclasses.replace(config, ptx_coef=1.7)
+    both, _ = gradients_of_update(policy, e, config, [x])
+    assert len(both) == 2 and by_document.norm() > 0.1
+    close(both, ppo_alone + 1.7 * by_document, 1e-9)
+    for documents in (None, []):
+        with pytest.raises(ValueError, match="document"):
+            gradients_of_update(policy, e, config, documents)
+
+def test_a_coefficient_of_0_multiplies_nothing(monkeypatch):
+    """0 · ∞ = NaN: what is switched off may be infinite."""
+    x = torch.zeros(1, 2)
+    rewards = kl_penalized_rewards(torch.ones(1), x, x - math.inf, torch.ones(1, 2), 0.0)
+    assert rewards.tolist() == [[0.0, 1.0]]
+    policy = tiny_policy(0)
+    e, config = experience_of(policy, tiny_gpt(1), value_coef=0.0, entropy_coef=0.0, ptx_coef=0.0)
+    expected, _ = updated(policy, e, config)
+    for name in ("value_loss", "entropy", "language_model_loss"):
+        monkeypatch.setattr(rlhf, name, lambda *_: policy.value_head.bias.sum() * math.inf)
+    assert same(updated(policy, e, config, documents=[[3, 1, 3]])[0], expected)
+
+def test_an_early_stop_ends_all_epochs_and_leaves_no_gradient_behind():
+    """The first minibatch with k3 of KL(π_old‖π) > limit takes no step; None never stops."""
+    policy = tiny_policy(0)
+    e, config = experience_of(policy, tiny_gpt(1), ppo_epochs=2, early_stop_kl=None)
+    k3 = 2 * updated(policy, e, config)[1]["approx_kl"]  # it is the mean of 0 and k3
+    for limit, updates in ((0.99 * k3, 1), (1.01 * k3, 2), (None, 2)):
+        metrics = updated(policy, e, dataclasses.replace(config, early_stop_kl=limit))[1]
+        assert metrics["updates"] == updates and metrics["early_stop"] is (updates == 1)
+
+    def stopping(epochs):
+        return dataclasses.replace(config, early_stop_kl=1e-9, minibatch_size=4, ppo_epochs=epochs)
+
+    learner, _ = updated(policy, e, stopping(1))
+    assert same(learner, updated(policy, e, stopping(4))[0])
+    optimizer = sgd(learner, 0.1)
+    metrics = ppo_update(learner, optimizer, e, stopping(4), draws())  # stops at once
+    assert metrics["updates"] == 0 and metrics["early_stop"] is True
+    assert all(p.grad is None or not p.grad.any() for p in learner.parameters())
+
+def test_a_gradient_longer_than_max_grad_norm_is_scaled_down_to_it():
+    """g ← g · min(1, c / ‖g‖), the norm over all parameters; what is logged is ‖g‖."""
+    policy = tiny_policy(0)
+    e, config = experience_of(policy, tiny_gpt(1), max_grad_norm=1e9)
+    (g,), _ = gradients_of_update(policy, e, config)
+    config = dataclasses.replace(config, max_grad_norm=0.1 * float(g.norm()))
+    (scaled,), metrics = gradients_of_update(policy, e, config)
+    close(scaled, 0.1 * g, 1e-6)
+    assert metrics["grad_norm"] == pytest.approx(float(g.norm()))
+
+def test_metrics_of_a_batch_do_not_read_padding():
+    """Reward, Σ k1, Σ k3, length, share ended, 1 − Var(R − V) / Var(R), by NumPy."""
+    e, _ = experience_of(tiny_policy(0), tiny_gpt(1), seed=3, max_new_tokens=3)
+    e, m = dataclasses.replace(dirty(e), rollout_seconds=2.0), e.mask.numpy()
+    returns, values = e.returns.numpy()[m], e.values.numpy()[m]
+    delta = np.where(m, (e.ref_log_probs - e.log_probs).numpy(), 0)
+    assert rlhf.experience_metrics(e, 3) == pytest.approx({
+        "reward": e.scores.numpy().mean(), "kl": -delta.sum(1).mean(),
+        "kl_k3": (np.exp(delta) - 1 - delta).sum(1).mean(),
+        "explained_variance": 1 - (returns - values).var() / returns.var(),
+        "length": m.sum(1).mean(), "ended": ((e.actions.numpy() == 3) & m).any(1).mean(),
+        "rollout_tokens_per_s": m.sum() / 2}, abs=1e-6)
+    level = dataclasses.replace(e, returns=torch.ones_like(e.returns))
+    assert math.isfinite(rlhf.experience_metrics(level, 3)["explained_variance"])
+
+# ======== 12. The loops as a whole ===============================================================
+
+def language_model_stage(**settings):
+    """(a GPT, train(model, …)): documents that repeat one token."""
+    config = Config(**dict(lm_epochs=5, lm_batch_size=8, lm_lr=3e-2) | settings)
+    documents = [[5] + [n % 5] * (1 + n % 6) + [5] for n in range(30)]
+    return tiny_gpt(0, vocab=6, width=8, std=0.1).float(), functools.partial(
+        train_language_model, documents=documents, config=config)
+
+def reward_model_stage(**settings):
+    """(a reward model, train(model, …)): the better response has more 1s; K is 2 or 3."""
+    config = Config(**dict(rm_epochs=5, rm_batch_size=8, rm_lr=1e-2) | settings)
+    comparisons = [([3] + [n % 3] * (n % 4), [[1, 1, 1, 3], [n % 3, 1, 3], [0, 2, 2, 3]][n % 2:])
+                   for n in range(24)]
+    return RewardModel(tiny_gpt(std=0.1, width=16).float(), draws()), functools.partial(
+        train_reward_model, comparisons=comparisons, config=config)
+
+def ppo_stage(**settings):
+    """(a policy, train(model, …)): ragged prompts, the structured reward, and documents."""
+    config = Config(**dict(max_new_tokens=4, block_size=12, ppo_iterations=8, ppo_batch_size=8,
+                           minibatch_size=4, ppo_epochs=2, ppo_lr=1e-2, kl_coef=0.2,
+                           kl_target=1e-6, ptx_coef=0.5, missing_eos_score=None) | settings)
+    reference = tiny_gpt(1).float()
+    return ActorCritic(reference), functools.partial(
+        train_ppo, reference=reference, reward_fn=score_rollout, config=config,
+        prompts=[list(x) for x in RAGGED], documents=[[3, n, n, 3] for n in range(3)])
+
+STAGES = {"language_model": language_model_stage, "reward_model": reward_model_stage,
+          "ppo": ppo_stage}
+
+def timeless(metrics):
+    return {k: v for k, v in metrics.items() if "per_s" not in k}
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_training_stopped_after_any_step_and_continued_ends_with_the_same_bits(stage):
+    """What is random in step k comes from (seed, stage, k): weights, optimizer, `last` are all."""
+    model, train = STAGES[stage]()
+    start, log, saved = copy.deepcopy(model), [], []
+    optimizer = torch.optim.Adam(model.parameters())
+    for metrics in train(model, optimizer=optimizer):
+        log.append(timeless(metrics))
+        last = json.loads(json.dumps(metrics))  # they are plain numbers, as a file keeps them
+        saved.append(copy.deepcopy((model.state_dict(), optimizer.state_dict(), last)))
+    for k, (weights, state, last) in enumerate(saved, start=1):
+        other = copy.deepcopy(start)
+        other.load_state_dict(weights)
+        optimizer = torch.optim.Adam(other.parameters())
+        optimizer.load_state_dict(state)
+        rest = [timeless(m) for m in train(other, optimizer=optimizer, last=last)]
+        assert rest == log[k:] and same(other, model)
+    with pytest.raises(ValueError, match="optimizer"):
+        next(train(copy.deepcopy(start), last=saved[0][2]))
+    other, train = STAGES[stage](seed=1)
+    list(train(other, optimizer=torch.optim.Adam(other.parameters())))
+    assert not same(other, model)
+
+@pytest.mark.parametrize("stage, peak, warmup", [
+    ("language_model", 3e-2, 2), ("reward_model", 1e-2, 1), ("ppo", 1e-2, 1)])
+def test_training_learns_at_a_rate_that_rises_and_then_falls_to_0(stage, peak, warmup):
+    """Linear to the peak during a tenth (PPO: a seventh) of the steps, then linear to 0."""
+    model, train = STAGES[stage]()
+    optimizer = torch.optim.Adam(model.parameters())
+    log = [m | {"lr": optimizer.param_groups[0]["lr"]} for m in train(model, optimizer=optimizer)]
+    n = len(log)
+    assert [(m["step"], m["steps"]) for m in log] == [(i, n) for i in range(1, n + 1)]
+    assert [m["lr"] for m in log] == pytest.approx(
+        [peak * min((i + 1) / (warmup + 1), (n - i) / (n - warmup)) for i in range(n)])
+    gained = [m["reward"] if stage == "ppo" else -m["loss"] for m in log]
+    assert gained[-1] > gained[0] + 0.2
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_loss_that_is_not_finite_stops_training_before_it_reaches_the_weights(stage):
+    """L = NaN is named with its stage and step; the last good weights stay."""
+    model, train = STAGES[stage]()
+    if stage == "ppo":
+        train = functools.partial(train, reward_fn=lambda r: score_rollout(r) * math.nan)
+    else:
+        torch.nn.init.constant_(list(model.parameters())[-1], math.nan)
+    before = parameters(model)
+    with pytest.raises(FloatingPointError, match=f"^{stage} step 1: loss nan, gradient norm nan"):
+        list(train(model))
+    torch.testing.assert_close(parameters(model), before, rtol=0, atol=0, equal_nan=True)
+
+def test_each_ppo_iteration_follows_the_kl_of_the_one_before(monkeypatch):
+    """β adapts to the KL that was measured, or stays; Adam has ε = 1e-5, as in baselines."""
+    seen, update = [], rlhf.ppo_update
+
+    def watched(policy, optimizer, e, config, *rest):
+        seen.append((optimizer.defaults["eps"], config.kl_coef))
+        return update(policy, optimizer, e, config, *rest)
+
+    monkeypatch.setattr(rlhf, "ppo_update", watched)
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)  # a look takes a second
+    monkeypatch.setattr(rlhf, "time", clock)
+    policy, train = ppo_stage()
+    beta, log = 0.2, list(train(policy))
+    for metrics in log:
+        assert metrics["kl_coef"] == beta and metrics["updates"] == 4
+        assert metrics["update_tokens_per_s"] == pytest.approx(2 * 8 * metrics["length"])
+        beta = adapt_kl_coef(beta, metrics["kl"], 1e-6)
+    assert seen == [(1e-5, metrics["kl_coef"]) for metrics in log] and beta != 0.2
+    policy, train = ppo_stage(kl_target=None)
+    assert {metrics["kl_coef"] for metrics in train(policy)} == {0.2}
