@@ -42,19 +42,24 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, positions=None):
         B, S, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)                           # 3 × (B, S, C)
-        seen = None
+        qkv, seen = self.c_attn(x), None                                   # (B, S, 3C)
+        if cache is None:
+            # A CPU rounds a partial last block of 16 positions differently. In full blocks a row
+            # reads the same, whatever it is batched with: PPO's ratio starts at exactly 1.
+            qkv = F.pad(qkv, (0, 0, 0, -S % 16))                           # (B, S', 3C)
+        q, k, v = qkv.split(C, dim=2)
         if cache is not None:
-            # Each row writes at its own positions and sees no key behind them, which is padding.
+            # Each row writes at its own positions and sees no key behind them: what stands there
+            # comes from padding.
             rows = torch.arange(B, device=x.device)[:, None]
             cache[rows, positions] = torch.cat([k, v], dim=2).to(cache)
             k, v = cache.to(q).split(C, dim=2)                             # 2 × (B, K, C)
             keys = torch.arange(cache.shape[1], device=x.device)
             seen = (keys <= positions[..., None])[:, None]                 # (B, 1, S, K)
-        # Split into heads: q is (B, nh, S, hs), k and v are (B, nh, K, hs).
-        q, k, v = (a.unflatten(2, (self.n_head, -1)).transpose(1, 2) for a in (q, k, v))
+        q, k, v = (z.unflatten(2, (self.n_head, -1)).transpose(1, 2) for z in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=cache is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, S, C))
+        y = y.transpose(1, 2)[:, :S].flatten(2)                            # (B, nh, S', hs) -> (B, S, C)
+        return self.c_proj(y)
 
 
 class MLP(nn.Module):
@@ -117,13 +122,8 @@ class GPT(nn.Module):
         S = tokens.shape[1]
         if S > self.config.block_size:
             raise ValueError(f"{S} tokens do not fit the context of {self.config.block_size}")
-        if cache is None and at is not None:
-            # Attention on a CPU rounds a partial last block of 16 positions differently. In full
-            # blocks a row reads the same whatever it is batched with: PPO's ratio starts at 1.
-            tokens = F.pad(tokens, (0, -S % 16))
         if cache is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
-            positions = positions.clamp_max(self.config.block_size - 1)
+            positions = torch.arange(S, device=tokens.device)
         x = self.wte(tokens) + self.wpe(positions)                         # (B, S, C)
         for i, block in enumerate(self.h):
             last = i == len(self.h) - 1

@@ -259,8 +259,13 @@ def ranking_loss(scores):
 def score_comparisons(reward_model, comparisons):
     """A tuple with one (K,) per comparison: r(x, y) of its responses, each passed through once."""
     rows = [prompt + y for prompt, responses in comparisons for y in responses]
-    tokens, mask = pad(rows, reward_model.gpt.wte.weight.device)           # (Σ K, S)
-    scores = reward_model(tokens, mask.sum(1))                             # (Σ K,)
+    # Sixteen rows at a time, sorted by length, so that little is padding; then back in order.
+    order = torch.tensor([len(row) for row in rows]).argsort(stable=True)
+    scores = []
+    for part in order.split(16):
+        tokens, mask = pad([rows[i] for i in part], reward_model.gpt.wte.weight.device)  # (16, S)
+        scores.append(reward_model(tokens, mask.sum(1)))
+    scores = torch.cat(scores)[order.argsort()]                            # (Σ K,)
     return scores.split([len(responses) for _, responses in comparisons])
 
 def train_reward_model(reward_model, comparisons, config, optimizer=None, last=None):
@@ -279,12 +284,19 @@ def train_reward_model(reward_model, comparisons, config, optimizer=None, last=N
         # One forward pass per response, one loss per prompt.
         optimizer.zero_grad()
         scores = score_comparisons(reward_model, [comparisons[i] for i in rows])
-        loss = torch.stack([ranking_loss(s[None]) for s in scores]).mean()
+        loss = sum(len(group) * ranking_loss(group) for group in by_K(scores)) / len(scores)
         loss.backward()
         # One step of Adam.
         norm = gradient_step(loss.item(), reward_model, optimizer, config.max_grad_norm)
         yield {"step": step + 1, "steps": steps, "loss": loss.item(), "grad_norm": norm,
                "accuracy": ranking_accuracy(scores)}
+
+def by_K(rankings):
+    """Scores (K,) of rankings, whose K may differ -> one (n, K) for each K, of n rankings."""
+    groups = defaultdict(list)
+    for scores in rankings:
+        groups[len(scores)].append(scores)
+    return [torch.stack(group) for group in groups.values()]
 
 @torch.no_grad()
 def ranking_accuracy(rankings):
@@ -293,12 +305,12 @@ def ranking_accuracy(rankings):
     A tie counts half.
     """
     need(rankings, "comparison")
-    shares = []
-    for scores in rankings:
-        better, worse = torch.triu_indices(len(scores), len(scores), offset=1)
-        signs = torch.sign(scores[better] - scores[worse])                 # (C(K,2),)
-        shares.append(float(signs.mean()) / 2 + 0.5)
-    return sum(shares) / len(shares)
+    total = 0.0
+    for scores in by_K(rankings):                                          # (n, K)
+        better, worse = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1)
+        signs = torch.sign(scores[:, better] - scores[:, worse])           # (n, C(K,2))
+        total += float(signs.mean(1).sum())
+    return total / len(rankings) / 2 + 0.5
 
 @torch.no_grad()
 def reward_model_accuracy(reward_model, comparisons):
@@ -708,19 +720,18 @@ def ppo_loss(policy, batch, config):
     log_probs, values, logits = forward_responses(policy, batch, config.temperature)
     policy_part = ppo_policy_loss(log_probs, old.log_probs, old.advantages, mask, config.clip)
     value_part = value_loss(values, old.values, old.returns, mask, config.value_clip)
-    bonus = entropy(logits if config.entropy_coef else logits.detach(), mask)
     # A part whose coefficient is 0 stays out: 0 times an infinite loss would not be 0.
     loss = policy_part
     if config.value_coef:
         loss = loss + config.value_coef * value_part
     if config.entropy_coef:
-        loss = loss - config.entropy_coef * bonus
+        loss = loss - config.entropy_coef * entropy(logits, mask)
     # What to watch: how far the policy has moved since the batch was collected.
     log_ratio = (log_probs.detach() - old.log_probs).where(mask, 0)        # (B, T) log ρ
     change = log_ratio.expm1()                                             # (B, T) ρ − 1
     clipped = (change.abs() > config.clip).float()                         # (B, T)
     metrics = {"loss": loss, "policy_loss": policy_part, "value_loss": value_part,
-               "entropy": bonus, "clip_fraction": masked_mean(clipped, mask),
+               "clip_fraction": masked_mean(clipped, mask),
                "approx_kl": masked_mean(change - log_ratio, mask)}  # k3 of KL(π_old‖π)
     return loss, {name: value.detach() for name, value in metrics.items()}
 
@@ -819,6 +830,7 @@ def experience_metrics(e, eos_token):
     columns = {"reward": e.scores, "kl": kl, "kl_k3": kl_k3, "length": length.float(),
                "ended": ends(e, eos_token).float()}
     metrics = {name: float(x.mean()) for name, x in columns.items()}
+    metrics["entropy"] = -float(masked_mean(e.log_probs, e.mask))  # H = −E log π, from the samples
     # 1 − Var(R − V) / Var(R): 1 if V predicts every return, 0 if it is as good as a constant.
     returns, errors = e.returns[e.mask], (e.returns - e.values)[e.mask]
     variance, explained = returns.var(correction=0), 0.0
@@ -905,7 +917,7 @@ def stage_settings(stage, config, data):
 def read_checkpoint(path):
     """The dictionary that `save_stage` wrote; ValueError for another file."""
     checkpoint = load_file(path)
-    if not isinstance(checkpoint, dict) or "settings" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not {"settings", "weights"} <= checkpoint.keys():
         raise ValueError(f"{path}: not a checkpoint of this program")
     return checkpoint
 
