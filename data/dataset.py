@@ -177,7 +177,6 @@ def load(data_dir, block_size, max_new_tokens, encoding=None):
     if "preferences.jsonl" not in files:
         raise DataError(f"{data_dir}/preferences.jsonl: no such file, {FORMS}, one per line")
     notes = []
-
     # Read the texts, and put each on its side: training (False) or held out (True).
     rows = [(prompt, responses, held_out(prompt or "\n".join(sorted(responses))))
             for prompt, responses in read_preferences(files["preferences.jsonl"])]

@@ -49,7 +49,7 @@ def ask(prompt, one, two):
     while True:
         try:
             answer = input("> ").strip().lower()
-        except EOFError:
+        except (EOFError, RuntimeError):  # the input ended, or there is none
             return "q"
         if answer in ("1", "2", "s", "u", "q"):
             return answer

@@ -1,299 +1,373 @@
-"""The simulated annotator: a known, noisy judge of short movie reviews.
+"""The simulated annotator: `true_reward(prompt, response)`, what it likes, in logits.
 
-Nobody was asked anything. This file *is* the annotator whose preferences `preferences.jsonl` holds,
-so the true reward of any text can be computed:
+It reads a review as a labeler who knows the films and the ways in which people write about them:
+the tables of `grammar.txt`. `parse` cuts each sentence into the phrases of those tables, longest
+first, and remembers what each phrase says: which film and topic it is about, whether it praises or
+blames, and whether it gives a reason. `terms` adds up what the annotator was told to look for. Each
+term is bounded. The data card, README.md, says the same in words.
 
-    P(a is preferred over b) = sigmoid(true_reward(prompt, a) - true_reward(prompt, b))
-
-(Bradley and Terry, 1952), which makes the unit of `true_reward` the logit. It wants what an editor
-of a film page may want: specific and varied praise, concrete details, no contradiction, no
-repetition, a proper end, neither a stub nor a ramble. It knows words, not meaning, and it is
-bounded: `true_reward` is a sum of the terms in `TERMS`, each a small function of the same `Text`.
-
-Training never sees this file's scores; it is used to label pairs and to evaluate.
-
-    >>> round(true_reward("The acting", " is superb, and the river crossing is moving."), 1)
-    5.0
+The true reward makes the labels and evaluates a run. Training never sees it.
 """
 
-import math
+import dataclasses
+import functools
+import pathlib
 import re
 
-# Praise and blame, by what they are said of. The generator of the corpus draws from the same lists.
-PRAISE = {
-    "story": "clever gripping rewarding absorbing compelling satisfying",
-    "acting": "superb moving tender convincing graceful subtle",
-    "look": "gorgeous vivid luminous beautiful striking",
-    "sound": "lovely haunting stirring beautiful soaring",
-    "pace": "brisk assured taut confident graceful",
-    "wit": "funny clever witty warm charming",
-    "action": "thrilling exciting dazzling daring",
-    "scene": "moving thrilling magical touching unforgettable",
-    "film": "wonderful superb charming brilliant delightful memorable",
-    "noun": "joy gem wit grace charm treat magic warmth beauty delight triumph pleasure "
-            "conviction tenderness intelligence",
-    "verb": "shine shines shone soar soars soared charm charms charmed delight delights "
-            "delighted dazzle dazzles dazzled captivate captivates captivated reward rewards "
-            "impress impresses impressed thrill thrills thrilled love loved loves admire "
-            "admired adored moved recommend worth applauded",
-    "adverb": "beautifully brilliantly wonderfully vividly cleverly",
-}
-BLAME = {
-    "story": "thin flimsy muddled contrived pointless lazy predictable",
-    "acting": "wooden flat stiff bland lifeless awkward",
-    "look": "drab murky ugly cheap dingy",
-    "sound": "tinny grating cloying droning forgettable",
-    "pace": "sluggish choppy plodding tedious",
-    "wit": "stale unfunny corny strained tiresome",
-    "action": "clumsy messy feeble numbing",
-    "scene": "clumsy rushed baffling laughable",
-    "film": "dull dreary boring tedious forgettable disappointing",
-    "noun": "mess bore chore slog dud waste tedium ordeal failure letdown cliches nonsense "
-            "disappointment boredom",
-    "verb": "drag drags dragged sag sags bores bored stumble stumbles grate grates fizzle "
-            "fizzles falter falters fails wastes wasted annoy annoys annoyed disappoint "
-            "disappoints disappointed ramble rambles collapse collapses hated yawned dozed "
-            "regret skip avoid",
-    "adverb": "badly clumsily feebly lazily",
-}
-# Concrete details: what a review can name. A person's surname counts, the word "film" does not.
-ASPECTS = """
-    act acting animation arguments backgrounds banter battles camerawork candlelight cast
-    characters chases chemistry children choruses clues colors conversations costumes creaking
-    crew dancing desert design dialogue direction double drums editing effects ending fights
-    finale flashbacks fog frights gags gunfights gunfire history hour humor interiors intrigue
-    jokes kitchen landscapes leads lighting music mystery narration noise opening pacing
-    performances photography piano plan plot premise quarrels radio rhythm rivalry roles scenes
-    science score screenplay script sets side smaller songs soundtrack storm story strings stunts
-    summer supporting suspense theme training trenches trial tune twist ups villain voices waves
-    wind witnesses
-"""
-PEOPLE = """
-    agent ambassador analyst apprentice army aunt bailiff baker bank banker beekeeper bell
-    blacksmith bookbinder border boss botanist bounty breaker bride bridegroom bridesmaid broker
-    brother bugler butcher butler cabin captain caretaker caterer cattle cello champion chaplain
-    chef chess chief choir chorus circus clerk clock clockwork clown club coach colonel conductor
-    constable contest cook corner coroner county courier court cousin cracker cream critic crow
-    dairy dancer daughter dealer defendant defender delivery dentist deputy detective dishwasher
-    diver doctor doorman dragon dressmaker driver drover drummer editor elevator embassy engineer
-    farmer father ferry ferryman florist foreman forensic forger fortune gardener getaway giant
-    goose governess grandfather grandmother guard gym hacker harbor headmaster heiress herder
-    hitchhiker horse hotel housekeeper informer inspector instructor insurance jewel judge juror
-    jury keeper kite knight landlord lieutenant lighthouse locksmith magician manager map mate
-    mayor mechanic medic mender miller mother museum navigator neighbor noodle nurse officer
-    operator oyster painter parish partner pastry pearl phone photographer pianist pickpocket
-    pilot player preacher priest principal prisoner producer promoter prosecutor queen referee
-    repair reporter restaurant ringer robot salesman school secretary security seller sergeant
-    shepherd sheriff ship signal singer sister smuggler son soprano sparring stable stagehand
-    state station stepfather stepmother stowaway student tax taxi teacher technician teenage
-    telegraph teller thief ticket trader train trainer translator trooper trucker tuner twin
-    understudy undertaker village waiter waitress walker watchman wedding welterweight widow
-    witness wolf
-"""
-PLACES_AND_SCENES = """
-    aboard airlock airport alley apartment arena argument arrival attic auction audition august
-    bakery ball bar bargain barn basement bath birthday blackout booth bowling box breakdown
-    breakfast brick bridge burial cable cafe cake call camp camper campfire candle canteen canyon
-    capital car casino castle cellar chase church circuit climb clocks coal coast confession
-    courthouse crossing curtain dance dawn deck depot diner dinner disaster discovery district
-    divided docking docks drawing dressing drive duet escape examination factory fairground
-    farewell farm feast fire fishing flight flood flower forest funeral gallows game garage garden
-    gas graves greenhouse highway hill hospital houses interrogation island jazz kingdom kiss
-    knife knock knockout lake landing lesson letter library locker lunch manor march market
-    message midnight mills moon moor morgue motel motels mountain mutiny nursery orbit orchard
-    park parrot patrol pawnshop pier planet planning polygraph prison provincial puppet raid
-    railroad rain rainy ranch reading reef rehearsal rescue resort retreat reunion ride river
-    roadside rocky roof roofs rooftop round salt saturn sea seance seaside shootout shop sleeper
-    snow soup spa speech staircase stampede steamer suitcases supper table tasting testimony
-    theater toast toll tournament tower toys tram trench trip truce trunk tunnel university van
-    vault verdict vineyard violin vote waiters warehouse weigh well whale whaling windmills
-    windows
-"""
-SURNAMES = """
-    Vale Marsh Holt Lund Reyes Hale Pike Nash Sand Novak Quill Gallo Dunne Brandt Moreau Kessler
-    Larkin Santos Voss Ferris Tanaka Okafor Sorel Varga
-"""
-CONTRAST = re.compile(r"\b(?:but|although|though|yet|still|however|even (?:so|if|though)|despite|"
-                      r"while|whereas|except|that said|all the same|on the other hand|for all)\b")
-NEGATORS = frozenset("""not never no nor hardly barely neither nobody nothing none without cannot
-    isn't wasn't aren't weren't don't doesn't didn't can't couldn't won't""".split())
-FUNCTION = frozenset("""a an the this that these those and or but yet so as if than then while
-    although though because since when where who whom which what how why is are was were be been
-    being has have had does do did will would can could may might must should i we you he she it
-    they me us him her them my our your his its their one of in on at to for from with by about
-    into over under after before during through between near behind above only very quite rather
-    really too even still also just more most less least much many few all both each made
-    something nothing everything plays gives sets keeps makes gets says looks feels love every
-    long however any some there here up down out off again once twice""".split())
-
-VOWELS = re.compile(r"\b(?:a (?=(?!uni|use|one|eu)[aeiou])|an (?=[bcdfgjklmnpqrstvwxyz]))")
-BROKEN = re.compile(
-    r"\b(?:the|an?|my|our)[ ,]+"
-    r"(?:is|are|was|and|but|the|an?|of|who|it|s?he|in|at|to|with|which|i|we)\b"
-    r"|\b(?:the|an?|and|but|of|my|our|with|or)[.!?,]")
+GRAMMAR = pathlib.Path(__file__).with_name("grammar.txt")
+WORD = re.compile(r"[a-z0-9]+(?:['-][a-z0-9]+)*")
 SENTENCE = re.compile(r"[^.!?]+[.!?]*")
-WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?|[,;:]")
+TURNS = frozenset("but still yet although though however instead unfortunately".split())
+PRONOUNS = {"she": ("she", "her", "her"), "he": ("he", "him", "his")}
+
+# Words that may return in a review without being noticed.
+COMMON = frozenset("""
+a an the and or but nor if as at by for from in into of off on onto out over to up with without
+about than then that this these those there here it its is are was were be been being am do does
+did done have has had having i me my mine we us our you your he him his she her hers they them
+their who whom whose what which when where while why how because so not no never nothing nobody
+none only just too very more most less least much many few all any some every each both one two
+other another such own same even still yet ever again once after before until since can could may
+might must shall should will would cannot get gets make makes made go goes come comes see film
+like way thing things people somebody someone anyone everyone everything
+""".split())
 
 
-def _lemma(word):
-    """One key for the forms of a verb: "charms", "charmed" and "charm" are praised once."""
-    for suffix in ("ed", "es", "s", "d"):
-        stem = word.removesuffix(suffix)
-        if word in VERB_FORMS and stem != word and len(stem) > 2:
-            return stem.rstrip("e")
-    return word.rstrip("e") if word in VERB_FORMS else word
+@dataclasses.dataclass
+class Film:
+    """A film of the tables. `reasons` maps a topic to its praise (+) and its blame (-)."""
+    title: str
+    genre: str
+    facts: dict = dataclasses.field(default_factory=dict)   # place, task, good, bad
+    people: dict = dataclasses.field(default_factory=dict)  # kind -> (name, pronoun, role)
+    topics: dict = dataclasses.field(default_factory=dict)  # name -> kind
+    images: dict = dataclasses.field(default_factory=dict)  # scene -> image
+    reasons: dict = dataclasses.field(default_factory=dict)  # (topic, "+" or "-") -> sentences
+
+    @property
+    def genres(self):
+        return self.genre[:-1] + "ies" if self.genre.endswith("y") else self.genre + "s"
 
 
-VERB_FORMS = frozenset((PRAISE["verb"] + " " + BLAME["verb"]).split())
-GOOD = {word: _lemma(word) for words in PRAISE.values() for word in words.split()}
-BAD = {word: _lemma(word) for words in BLAME.values() for word in words.split()}
-DETAILS = frozenset((ASPECTS + PEOPLE + PLACES_AND_SCENES + SURNAMES).lower().split())
-assert not GOOD.keys() & BAD.keys() and not (GOOD.keys() | BAD.keys()) & DETAILS
+@dataclasses.dataclass(frozen=True)
+class Phrase:
+    """What a phrase of the tables says. `sign` is 1 for praise, -1 for blame, 0 for neither."""
+    kind: str                  # reason, image, name, fact, or the section of the tables
+    sign: int = 0
+    film: str | None = None
+    topic: str | None = None
+    pronoun: str | None = None  # of a person
 
-FLOOR, EMPTY = -11.0, -12.0  # no text scores less than FLOOR, but an empty response does
+
+@dataclasses.dataclass
+class Item:
+    """A stretch of a sentence: a phrase with its words, or words that belong to no phrase."""
+    words: list
+    phrase: Phrase | None = None
+    broken: bool = False       # begins as a phrase and does not end as one
 
 
-class Text:
-    """What the annotator sees in a text, counted once for all terms.
-
-    `praise` and `vague_praise`: distinct praising words in sentences with and without a concrete
-    detail; `blame`: blaming words; `details`: distinct details; `signs`: the balance of each
-    sentence, and whether it holds a word of contrast; `content`: all content words in order.
-    """
-
-    def __init__(self, text):
-        self.text, self.words = text.strip(), []
-        self.sentences = [s.strip() for s in SENTENCE.findall(self.text) if s.strip()]
-        self.praise, self.vague_praise, self.blamed = set(), set(), {}
-        self.details, self.signs, self.content = set(), [], []
-        self.salad = self.doubled = self.clash = self.piled = 0
-        for sentence in self.sentences:
-            self._read(sentence.lower())
-
-    def _read(self, sentence):
-        """Adds what one sentence says."""
-        tokens = WORD.findall(sentence)
-        words = [t for t in tokens if t not in ",;:"]
-        content = [w for w in words if w not in FUNCTION and w not in NEGATORS]
-        good, bad = self._judged(tokens)
-        self.words += words
-        self.content += content
-        self.doubled += sum(a == b for a, b in zip(words, words[1:]))
-        contrast = CONTRAST.search(sentence) is not None
-        if len(words) >= 4 and len(content) > .8 * len(words):
-            self.salad += 1  # a list of words is no sentence: its praise and details are not heard
-            good = []
+@functools.cache
+def read_grammar(path=GRAMMAR):
+    """grammar.txt as (films, sections): (section, class of topics) -> (template, weight) pairs."""
+    films, sections, film, topic, heads = [], {}, None, None, None
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        key, _, rest = line.partition(" ")
+        parts = [part.strip() for part in rest.split("|")]
+        if not line or key == "#":
+            continue
+        if key == "@":
+            name, *classes = rest.split()
+            heads = [(name, kind) for kind in classes or [""]]
+        elif heads:
+            weight, bar, text = line.partition("| ")
+            weighted = (text, int(weight)) if bar and weight.isdigit() else (line, 1)
+            for head in heads:
+                sections.setdefault(head, []).append(weighted)
+        elif key == "film":
+            film = Film(*parts)
+            films.append(film)
+        elif key in ("place", "good", "bad"):
+            film.facts[key] = parts
+        elif key in ("lead", "partner"):
+            topic = parts[0]
+            film.people[key], film.topics[topic] = parts[:3], key
+            if key == "lead":
+                film.facts["task"] = parts[3:]
+        elif key == "director" and rest:
+            film.people[key], film.topics[parts[0]] = (*parts, ""), key
+        elif key in ("scene", "look", "story"):
+            topic = parts[0]
+            film.topics[topic] = key
+            if key == "scene":
+                film.images[topic] = parts[1]
+        elif key == "director":  # what may be said of any director
+            topic = key
+        elif key == "any":
+            topic = rest
+            for film in films:
+                film.topics[topic] = key
+        elif key in "+-":
+            shared = topic == "director" or film.topics[topic] == "any"
+            for owner in films if shared else [film]:
+                name = owner.people["director"][0] if topic == "director" else topic
+                said = rest.format(s=owner.people["director"][1]) if shared else rest
+                owner.reasons.setdefault((name, key), []).append(said)
         else:
-            found = DETAILS.intersection(content)
-            (self.praise if found else self.vague_praise).update(good[:3])
-            self.details |= found
-        self.piled += max(len(good) - 3, 0)
-        for word in bad:
-            self.blamed[word] = self.blamed.get(word, 0) + 1
-        if good and bad and not contrast:
-            self.clash += 1
-        self.signs.append(((len(good) > len(bad)) - (len(good) < len(bad)), contrast))
-
-    @staticmethod
-    def _judged(tokens):
-        """Praising and blaming words; a negator up to three words before swaps the two."""
-        good, bad, negated = [], [], 0
-        for token in tokens:
-            if token in NEGATORS:
-                negated = 8 if token == "nothing" else 4  # "nothing about the plot is dull"
-            elif token in (",", ";", ":", "but"):
-                negated = 0
-            elif token in GOOD:
-                (bad if negated > 0 else good).append(GOOD[token])
-            elif token in BAD:
-                (good if negated > 0 else bad).append(BAD[token])
-            negated -= 1
-        return good, bad
+            raise ValueError(f"{path}: {line!r} is no line of a grammar")
+    return films, sections
 
 
-def saturate(x, top, scale):
-    """Grows like top * x / scale at first and never beyond `top`: diminishing returns."""
-    return top * (1.0 - math.exp(-x / scale))
+def words_of(text):
+    """The words of a text in lower case."""
+    return WORD.findall(text.lower())
 
 
-def praise(t):
-    """Distinct praising words; in a sentence that names a detail they count in full."""
-    return saturate(len(t.praise) + .45 * len(t.vague_praise - t.praise), 8.0, 3.2)
+def add_phrase(trie, text, phrase):
+    """Enters a phrase; the same words with another meaning keep only what both have in common."""
+    node = trie
+    for word in words_of(text):
+        node = node.setdefault(word, {})
+    if node is trie:
+        return
+    old = node.setdefault("", phrase)
+    if old != phrase:
+        common = {}
+        for field, value in dataclasses.asdict(old).items():
+            common[field] = value if value == getattr(phrase, field) else None
+        common["kind"], common["sign"] = common["kind"] or "piece", common["sign"] or 0
+        node[""] = Phrase(**common)
 
 
-def details(t):
-    """Distinct concrete details: aspects, scenes, places, people."""
-    return saturate(len(t.details), 2.4, 4.0)
+def pieces(template, pronoun):
+    """The fixed texts of a template between slots and full stops, with pronouns filled in."""
+    subject, them, their = PRONOUNS[pronoun]
+    filled = {"{S}": subject, "{s}": subject, "{U}": subject, "{o}": them, "{h}": their,
+              "{B}": "both of us", "{N}": "neither of us"}
+    for slot, text in filled.items():
+        template = template.replace(slot, text)
+    return re.split(r"\{\w+\}|[.?]", template)
 
 
-def blame(t):
-    """Every blaming word costs; a word that is repeated costs once more at most."""
-    return -saturate(sum(min(n, 2) for n in t.blamed.values()), 6.5, 2.4)
+@functools.cache
+def phrases():
+    """A trie of all phrases of the tables: word -> node; the key "" holds what ends there."""
+    trie = {}
+    films, sections = read_grammar()
+    for (name, _), lines in sections.items():
+        sign = {"+": 1, "-": -1}.get(name[-1], 0)
+        for template, _ in lines:
+            template, _, companion = template.partition(" | ")
+            for pronoun in PRONOUNS:
+                for text in pieces(template, pronoun):
+                    meant = 0 if text.strip(", ").lower() in TURNS else sign
+                    phrase = Phrase(name.rstrip("+-0~"), meant, pronoun=companion or None)
+                    add_phrase(trie, text, phrase)
+    for film in films:
+        title = film.title
+        add_phrase(trie, title, Phrase("title", film=title))
+        for genre in (film.genre, film.genres):
+            add_phrase(trie, genre, Phrase("fact", film=title))
+        for key, facts in film.facts.items():
+            for fact in facts:
+                sign = (key == "good") - (key == "bad")
+                add_phrase(trie, fact, Phrase("fact", sign, None if sign else title))
+        for name, pronoun, role in film.people.values():
+            topic = "director" if film.topics[name] == "director" else name
+            add_phrase(trie, name, Phrase("name", 0, title, topic, pronoun))
+            add_phrase(trie, role, Phrase("fact", 0, title, None, pronoun))
+        for topic, kind in film.topics.items():
+            owner = None if kind == "any" else title
+            if kind not in film.people:
+                add_phrase(trie, topic, Phrase("name", 0, owner, topic))
+            add_phrase(trie, film.images.get(topic, ""), Phrase("image", 0, owner, topic))
+            for sign in "+-":
+                for reason in film.reasons[topic, sign]:
+                    about = "director" if kind == "director" else topic
+                    said = Phrase("reason", 1 if sign == "+" else -1, owner, about)
+                    add_phrase(trie, reason, said)
+    return trie
 
 
-def coherence(t):
-    """Praise against blame without a word of contrast, in a sentence or from one to the next."""
-    cost, last = 1.0 * t.clash, 0
-    for sign, contrast in t.signs:
-        if sign * last < 0 and not contrast:
-            cost += 1.3
-        last = sign or last
-    return -min(cost, 3.0)
+def parse(text):
+    """The sentences of a text, each as a list of items, longest phrases first."""
+    sentences = []
+    for sentence in SENTENCE.findall(text.lower()):
+        words, items, start = WORD.findall(sentence), [], 0
+        while start < len(words):
+            node, end, phrase, reach = phrases(), start, None, start
+            while reach < len(words) and words[reach] in node:
+                node = node[words[reach]]
+                reach += 1
+                if "" in node:
+                    end, phrase = reach, node[""]
+            broken = phrase is None and reach - start >= 3
+            end = max(end, reach if broken else start + 1)
+            items.append(Item(words[start:end], phrase, broken))
+            start = end
+        if items:
+            sentences.append(items)
+    return sentences
 
 
-def gushing(t):
-    """Praise piled up: every praising word of a sentence after its third costs."""
-    return -min(.9 * t.piled, 4.0)
+# -- what the annotator looks for, each a term in logits
+
+def repetitions(text):
+    """How many content words return, how many words are doubled, and "X and X"."""
+    text = text.lower()
+    for film in read_grammar()[0]:
+        text = text.replace(film.title.lower(), film.title.replace(" ", ""))
+    words = words_of(text)
+    content = [word for word in words if word not in COMMON]
+    doubled = sum(one == two for one, two in zip(words, words[1:]))
+    twins = sum(one == two for one, two in zip(words, words[2:]) if one not in COMMON)
+    return len(content) - len(set(content)), doubled, twins
 
 
-def ending(t):
-    """A text that stops in the middle of a sentence."""
-    return 0.0 if t.text[-1:] in (".", "!", "?") else -2.2
+def sign_of(items):
+    """1 if a sentence praises on the whole, -1 if it blames, 0 if neither."""
+    total = sum(item.phrase.sign for item in items if item.phrase)
+    return (total > 0) - (total < 0)
 
 
-def repetition(t):
-    """Content words, word pairs and sentences that come back; a word twice in a row."""
-    n = max(len(t.content), 1)
-    again = 1 - len(set(t.content)) / n
-    pairs = list(zip(t.words, t.words[1:]))
-    pair_again = 1 - len(set(pairs)) / max(len(pairs), 1)
-    same = len(t.sentences) - len({s.lower() for s in t.sentences})
-    cost = 12 * max(again - .45, 0) + 4 * max(pair_again - .5, 0) + .7 * (same + t.doubled)
-    return -min(cost, 6.5)
+def score_recommendation(sentences):
+    """Is the film recommended? All sentences with an opinion count; two are enough."""
+    signs = [sign for sign in map(sign_of, sentences) if sign]
+    return 2.5 * sum(signs) / max(len(signs), 2)
 
 
-def length(t):
-    """A stub of fewer than 8 words, or a ramble of more than 40."""
-    n = len(t.words)
-    return -min(.45 * max(8 - n, 0) + .22 * max(n - 40, 0), 12.0)
+def score_reasons(sentences):
+    """A reason that belongs to the topic last named: the first pays most, the third nothing.
+
+    A reason for something else than what was just named is off the point, and so is a second one
+    in the same sentence, which has been run together with the first. A reason that speaks against
+    what it should support counts for nothing.
+    """
+    topic, stance, praise, blame, stray, seen = None, 0, 0, 0, 0, set()
+    for items in sentences:
+        given = 0  # in this sentence; a second one has been run together with the first
+        for item in items:
+            phrase = item.phrase
+            if phrase and phrase.kind in ("name", "image") and phrase.topic:
+                topic = phrase.topic
+            if not phrase or phrase.kind != "reason":
+                stance = phrase.sign or stance if phrase else stance
+                continue
+            given += 1
+            if given > 1 or topic is None or phrase.topic not in (None, topic):
+                stray += 1
+            elif tuple(item.words) not in seen and phrase.sign * stance >= 0:
+                praise += phrase.sign > 0
+                blame += phrase.sign < 0
+            seen.add(tuple(item.words))
+    earned = (0, 2.2, 3.0)[min(praise, 2)] + (0, 0.9, 1.2)[min(blame, 2)]
+    return min(earned, 3.0) - min(2.0 * stray, 4.0)
 
 
-def grammar(t):
-    """Sentences without a capital, a wrong "a" or "an", broken word order, word salad."""
-    small = sum(not s[0].isupper() for s in t.sentences)
-    lower = t.text.lower()
-    broken = len(BROKEN.findall(lower)) + len(VOWELS.findall(lower))
-    return -min(1.0 * small + .9 * broken + 2.0 * t.salad, 4.0)
+def score_unity(sentences):
+    """One film: each other film costs, and so does a pronoun that nobody named so far can own."""
+    films, owners, wrong = [], set(), 0
+    for item in (item for items in sentences for item in items if item.phrase):
+        phrase = item.phrase
+        if phrase.film and phrase.film not in films:
+            films.append(phrase.film)
+        if phrase.pronoun:
+            owners.add(phrase.pronoun)
+        free = phrase.kind not in ("reason", "image", "fact", "vague", "ramble")
+        for word in item.words if free else item.words[:1]:
+            pronoun = {"him": "he", "his": "he", "her": "she"}.get(word, word)
+            wrong += pronoun in PRONOUNS and pronoun not in owners
+    return -min(2.0 * max(len(films) - 1, 0) + 1.5 * wrong, 5.0)
 
 
-TERMS = (praise, details, blame, gushing, coherence, ending, repetition, length, grammar)
+def score_turns(sentences):
+    """Words of contrast stand where praise turns to blame or back, and nowhere else."""
+    false = missing = clash = 0
+    last, turned = 0, False
+    for items in sentences:
+        inside = 0
+        for item in items:
+            loose = not item.phrase and not item.broken and TURNS & set(item.words)
+            if loose or item.phrase and item.phrase.kind == "turn" and not item.phrase.sign:
+                turned = True
+                inside = 0
+            sign = item.phrase.sign if item.phrase else 0
+            if not sign:
+                continue
+            if turned:
+                false += sign == last
+            elif last and sign != last:
+                clash += sign == -inside
+                missing += sign != -inside
+            last, inside, turned = sign, sign, False
+    return -min(1.8 * false + 1.2 * missing + 2.0 * clash, 4.0)
 
 
-def join(prompt, response):
-    """The text that is judged: prompt and response, with a space between two words."""
-    gap = prompt[-1:].isalpha() and response[:1].isalnum()
-    return prompt + (" " if gap else "") + response
+def score_filler(sentences):
+    """What says nothing, what leads away from the film, and praise without a reason, piled up."""
+    kinds = [{item.phrase.kind for item in items if item.phrase} for items in sentences]
+    vague = sum("vague" in kind for kind in kinds)
+    ramble = sum("ramble" in kind for kind in kinds)
+    stock = sum("stock" in kind for kind in kinds)
+    bare = sum(sign_of(items) > 0 and "reason" not in kind
+               for items, kind in zip(sentences, kinds))
+    return -min(0.8 * vague + 1.2 * ramble + 0.7 * stock + 0.9 * max(bare - 2, 0), 4.0)
+
+
+def score_length(sentences):
+    """Two or three sentences; one is a stub, more than four are too many."""
+    words = sum(len(item.words) for items in sentences for item in items)
+    count = len(sentences)
+    number = -1.5 if count < 2 else -0.4 * (count > 3) - 0.9 * max(count - 4, 0)
+    return max(number - 0.25 * max(10 - words, 0) - 0.1 * max(words - 55, 0), -8.0)
+
+
+def score_repetition(text):
+    """Each repetition costs more than another praise earns."""
+    again, doubled, twins = repetitions(text)
+    return -min(1.2 * again + 1.8 * doubled + 1.5 * twins, 8.0)
+
+
+def score_english(text, sentences):
+    """Words that belong to no phrase, phrases that break off, sentences without a capital."""
+    loose = sum(len(item.words) for items in sentences for item in items if not item.phrase)
+    broken = sum(item.broken for items in sentences for item in items)
+    small = sum(part.strip()[:1].islower() for part in SENTENCE.findall(text))
+    return -min(0.3 * loose + 1.0 * broken + 0.7 * small, 7.0)
+
+
+def score_ending(text, sentences):
+    """A full stop at the end; a verdict as the last step that fits what was said."""
+    if not text.rstrip().endswith((".", "!", "?")):
+        return -2.5
+    verdict = any(item.phrase and item.phrase.kind == "verdict" for item in sentences[-1])
+    signs = {sign for sign in map(sign_of, sentences) if sign}
+    return 0.6 if verdict and len(sentences) > 1 and len(signs) == 1 else 0.0
+
+
+def terms(prompt, response):
+    """The terms of the true reward by name."""
+    text = prompt + response
+    sentences = parse(text)
+    return {
+        "recommendation": score_recommendation(sentences),
+        "reasons": score_reasons(sentences),
+        "one film": score_unity(sentences),
+        "turns": score_turns(sentences),
+        "filler": score_filler(sentences),
+        "length": score_length(sentences),
+        "repetition": score_repetition(text),
+        "English": score_english(text, sentences),
+        "ending": score_ending(text, sentences),
+    }
 
 
 def true_reward(prompt, response):
-    """The annotator's utility of a response to a prompt, in logits; a sum of `TERMS`."""
-    if not response.strip():
-        return EMPTY
-    text = Text(join(prompt, response))
-    return max(sum(term(text) for term in TERMS), FLOOR)
+    """The utility of a response to a prompt, in logits: the sum of the terms, at least -11.
 
-
-def preference_probability(prompt, a, b):
-    """The chance that the annotator prefers response a over response b (Bradley-Terry)."""
-    gap = true_reward(prompt, a) - true_reward(prompt, b)
-    return 1 / (1 + math.exp(-gap)) if gap > -700 else 0.0
+    The annotator prefers a over b with probability sigmoid(true_reward(a) - true_reward(b)).
+    An empty response gets -12.
+    """
+    if not words_of(response):
+        return -12.0
+    return max(sum(terms(prompt, response).values()), -11.0)
