@@ -58,7 +58,7 @@ class Attention(nn.Module):
             seen = (keys <= positions[..., None])[:, None]                 # (B, 1, S, K)
         q, k, v = (z.unflatten(2, (self.n_head, -1)).transpose(1, 2) for z in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=cache is None)
-        y = y.transpose(1, 2)[:, :S].flatten(2)                            # (B, nh, S', hs) -> (B, S, C)
+        y = y.transpose(1, 2)[:, :S].flatten(2)                            # (B, S, C)
         return self.c_proj(y)
 
 
@@ -190,8 +190,8 @@ class GPT(nn.Module):
 class ActorCritic(nn.Module):
     """The policy π_θ and its value function V on one trunk, which starts as a copy of `gpt`.
 
-    `gpt` itself can stay as the frozen reference. The value head starts at zero: no advantage is
-    noise at first (Huang et al. 2023, "The N Implementation Details of RLHF with PPO").
+    `gpt` itself can stay as the frozen reference. The value head starts at zero, so that V adds no
+    noise to the first advantages (Ziegler et al.'s code, language/model.py).
     """
 
     def __init__(self, gpt):
@@ -216,10 +216,11 @@ class RewardModel(nn.Module):
     def __init__(self, gpt, generator=None):
         super().__init__()
         self.gpt = copy.deepcopy(gpt).requires_grad_()  # gpt itself may be frozen
-        self.reward_head = nn.Linear(gpt.config.n_embd, 1).to(gpt.wte.weight)
+        self.reward_head = nn.Linear(gpt.config.n_embd, 1)  # on the CPU, like the generator
         std = 1 / math.sqrt(gpt.config.n_embd + 1)
         nn.init.normal_(self.reward_head.weight, std=std, generator=generator)
         nn.init.zeros_(self.reward_head.bias)
+        self.reward_head.to(gpt.wte.weight)
 
     def forward(self, tokens, lengths):
         """Scores (B,) of right-padded tokens (B, S) whose rows have `lengths` (B,) tokens."""

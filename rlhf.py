@@ -5,8 +5,8 @@ s_t = prompt ⊕ y_0 … y_{t-1} and the action a_t = y_t, everything with index
 hidden state at position P-1+t, the last token of s_t: the logits that give log π(a_t|s_t), and the
 value V(s_t). So `log_probs`, `values`, `rewards`, `advantages` and `mask` are all (B, T), column t
 is time step t, and nothing is shifted by one. Sequences are right-padded: each row of the mask is
-a prefix of ones, up to and including the token that ends the response, and nothing behind it can
-change any result. Shapes: B rows, S tokens per row, T steps, V tokens in the vocabulary.
+a prefix of ones, up to and including the end token, and nothing behind it can change any result.
+Shapes: B rows, S tokens per row, T steps, V words in the vocabulary (V(s) is the value), C width.
 
 Papers, on arXiv: PPO 1707.06347; GAE 1506.02438; InstructGPT 2203.02155.
 """
@@ -27,7 +27,8 @@ from data import dataset, show
 from model import GPT, ActorCritic, GPTConfig, RewardModel, load_file, save_file
 
 # ======== Settings, and what every stage needs ===================================================
-STAGES = ("run", "every stage", "language model", "reward model", "rollout", "ppo", "evaluation")
+# Stage by stage: the reward model comes after sampling, since it is normalised on samples.
+STAGES = ("run", "every stage", "language model", "rollout", "reward model", "ppo", "evaluation")
 RANGES = {  # what a setting is expected to be: the test, and the settings that must pass it
     "at least 1": (lambda x: x >= 1, "block_size n_layer n_head n_embd lm_batch_size rm_batch_size "
                    "max_new_tokens ppo_batch_size ppo_epochs minibatch_size micro_batch_size "
@@ -44,7 +45,7 @@ def setting(stage, default, text):
     """A field of Config: its stage, its default, and its line of --help."""
     return field(default=default, metadata={"stage": stage, "help": text})
 
-RUN, EVERY, LM, RM, ROLLOUT, PPO, EVALUATION = (partial(setting, stage) for stage in STAGES)
+RUN, EVERY, LM, ROLLOUT, RM, PPO, EVALUATION = (partial(setting, stage) for stage in STAGES)
 
 @dataclass
 class Config:
@@ -54,7 +55,7 @@ class Config:
     data_dir: str = RUN(str(dataset.SHIPPED), "folder with preferences.jsonl")
     init: str | None = RUN(None, "weights to start from: gpt2, or a directory")
     seed: int = EVERY(0, "seeds every random draw")
-    max_grad_norm: float = EVERY(1.0, "longer gradients are cut")
+    max_grad_norm: float = EVERY(1.0, "gradient norm above which it is scaled down")
     block_size: int = LM(256, "context, in tokens")
     n_layer: int = LM(2, "transformer blocks")
     n_head: int = LM(4, "attention heads")
@@ -62,11 +63,11 @@ class Config:
     lm_epochs: int = LM(2, "passes over the corpus")
     lm_batch_size: int = LM(16, "documents per step")
     lm_lr: float = LM(4e-3, "peak learning rate")
+    max_new_tokens: int = ROLLOUT(64, "T_max: a longer response is cut")
+    temperature: float = ROLLOUT(0.8, "divides the logits, in sampling and in PPO")
     rm_epochs: int = RM(1, "passes over the comparisons")
     rm_batch_size: int = RM(16, "prompts per step")
     rm_lr: float = RM(1e-3, "peak learning rate")
-    max_new_tokens: int = ROLLOUT(64, "T_max: a longer response is cut")
-    temperature: float = ROLLOUT(0.8, "of sampling, and of PPO's log π")
     ppo_iterations: int = PPO(60, "times collect + update")
     ppo_batch_size: int = PPO(128, "trajectories per iteration")
     ppo_epochs: int = PPO(2, "passes over each batch of experience")
@@ -74,7 +75,7 @@ class Config:
     micro_batch_size: int = PPO(16, "trajectories per forward pass")
     ppo_lr: float = PPO(1e-3, "peak learning rate")
     kl_coef: float = PPO(0.05, "β, the price of one nat of KL")
-    kl_target: float | None = PPO(None, "nats that an adaptive β holds")
+    kl_target: float | None = PPO(None, "KL per response that an adaptive β aims at")
     ptx_coef: float = PPO(0.0, "weight of the corpus loss in PPO-ptx")
     gamma: float = PPO(1.0, "γ, the discount")
     lam: float = PPO(0.95, "λ of GAE")
@@ -82,8 +83,8 @@ class Config:
     value_clip: float = PPO(0.2, "ε of the value's change")
     value_coef: float = PPO(0.1, "c1, weight of the value loss")
     entropy_coef: float = PPO(0.0, "c2, weight of the entropy bonus")
-    early_stop_kl: float | None = PPO(0.1, "nats per token from π_old")
-    missing_eos_score: float | None = PPO(-3.0, "of a response that was cut")
+    early_stop_kl: float | None = PPO(0.1, "KL per token from π_old that ends an update")
+    missing_eos_score: float | None = PPO(-3.0, "score of a cut response; none: reward_fn's own")
     eval_prompts: int = EVALUATION(512, "held-out prompts, at most")
 
     def __post_init__(self):
@@ -93,21 +94,16 @@ class Config:
                 number = isinstance(value, (int, float)) and abs(value) < 1e30
                 if not (number and test(value) or value is None and optional):
                     raise ValueError(f"{name} is {value!r}, expected {expected}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd is {self.n_embd}, expected a multiple of n_head")
+        if self.kl_target and not self.kl_coef:
+            raise ValueError("kl_coef is 0, expected more: kl_target multiplies it")
 
 def seeded(seed, stage, step):
-    """The generator of one step: its draws depend on (seed, stage, step) alone."""
+    """The generator of one step, on the CPU: its draws depend on (seed, stage, step) alone."""
     digest = hashlib.sha256(f"{seed}/{stage}/{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
-def permutation(n, generator):
-    """A random order of 0 … n-1, on the CPU; the generator may live on any device."""
-    device = generator.device if generator else "cpu"
-    return torch.randperm(n, generator=generator, device=device).cpu()
-
 def need(items, what):
-    """ValueError, which names what is missing, for an empty list or None."""
+    """Raise a ValueError that names `what` if `items` is empty or None."""
     if not items:
         raise ValueError(f"there is no {what}")
 
@@ -115,7 +111,7 @@ def draw(items, n, generator, what):
     """n items of a list in random order; each is used once before one is used twice."""
     need(items, what)
     rounds = math.ceil(n / len(items))
-    order = torch.cat([permutation(len(items), generator) for _ in range(rounds)])
+    order = torch.cat([torch.randperm(len(items), generator=generator) for _ in range(rounds)])
     return [items[i] for i in order[:n]]
 
 def pad(rows, device):
@@ -127,7 +123,7 @@ def pad(rows, device):
     return tokens.to(device), mask.to(device)
 
 def valid(x, mask):
-    """x where the mask is 1 and 0 elsewhere, in float32 or better."""
+    """x at valid entries, 0 at the others, in float32 or better."""
     return x.to(torch.promote_types(x.dtype, torch.float32)).where(mask.bool(), 0)
 
 def masked_mean(x, mask):
@@ -147,15 +143,15 @@ def batches(lengths, batch_size, epochs, first, seed, stage):
         if step == first or step % per_epoch == 0:
             # A new order of the rows, cut by length into batches, and a new order of those.
             generator = seeded(seed, stage, step // per_epoch)
-            order = permutation(len(lengths), generator)
+            order = torch.randperm(len(lengths), generator=generator)
             order = order[torch.tensor(lengths)[order].argsort(stable=True)]
             parts = order.split(batch_size)
-            turns = permutation(per_epoch, generator)
+            turns = torch.randperm(per_epoch, generator=generator)
         yield step, epochs * per_epoch, parts[turns[step % per_epoch]].tolist()
 
 def make_optimizer(model):
     """Adam, fused: one kernel for all weights. Every step sets its own learning rate."""
-    # PPO's ε is that of baselines: no long step on a tiny gradient.
+    # ε = 1e-5 as in baselines' ppo2: it shortens steps on tiny gradients.
     eps = 1e-5 if isinstance(model, ActorCritic) else 1e-8
     return torch.optim.Adam(model.parameters(), eps=eps, fused=True)
 
@@ -185,7 +181,6 @@ def gradient_step(loss, model, optimizer, max_grad_norm):
         raise FloatingPointError(f"not finite: loss {loss}, gradient norm {norm}")
     return norm
 
-
 # ======== Language model: text becomes probabilities =============================================
 def language_model_loss(model, documents):
     """−E log π(x_{i+1} | x_1 … x_i), the cross-entropy of the next token, in nats.
@@ -201,8 +196,8 @@ def language_model_loss(model, documents):
 def train_language_model(model, documents, config, optimizer=None, last=None):
     """Stage 1: minimise −E log π(x_{i+1} | x_1 … x_i) over the corpus.
 
-    A generator: it trains `model`, a GPT, as it is iterated, and yields each step's metrics. To go
-    on after a step, pass the optimizer and that step's metrics as `last`.
+    A generator: nothing happens, not even an error, until it is iterated. It trains `model`, a GPT,
+    and yields each step's metrics; to go on after a step, pass the optimizer and these as `last`.
     documents: lists of ids, each with an end token before and after; ValueError if there is none
     """
     need(documents, "document")
@@ -229,7 +224,6 @@ def corpus_loss(model, documents):
         total += (sum(map(len, batch)) - len(batch)) * float(language_model_loss(model, batch))
     return total / (sum(map(len, documents)) - len(documents))  # all but each document's first
 
-
 # ======== Reward model: preferences become a number ==============================================
 def reward_model_loss(chosen, rejected):
     """Bradley–Terry: −E log σ(r_w − r_l), the negative log-likelihood of the preferences.
@@ -247,7 +241,7 @@ def ranking_loss(scores):
     """−1/C(K,2) E Σ_{i<j} log σ(r_i − r_j): a ranking of K responses as all of its C(K,2) pairs.
 
     Each response passes through the network once per epoch. As separate pairs, each would be
-    trained on K−1 times, and the model would overfit. K = 2 is `reward_model_loss`.
+    updated K−1 times, and InstructGPT's model then overfitted. K = 2 is `reward_model_loss`.
     scores: (B, K) of the responses to B prompts, best first, K >= 2    returns: () mean over pairs
     Source: InstructGPT 2203.02155, eq. 1.
     """
@@ -268,6 +262,13 @@ def score_comparisons(reward_model, comparisons):
     scores = torch.cat(scores)[order.argsort()]                            # (Σ K,)
     return scores.split([len(responses) for _, responses in comparisons])
 
+def group_by_length(rankings):
+    """Rankings of the same K stacked, one kernel for all: a list of (K,) -> a list of (n, K)."""
+    groups = defaultdict(list)
+    for scores in rankings:
+        groups[len(scores)].append(scores)
+    return [torch.stack(group) for group in groups.values()]
+
 def train_reward_model(reward_model, comparisons, config, optimizer=None, last=None):
     """Stage 2: minimise `ranking_loss`, averaged over prompts, whose K may differ.
 
@@ -281,32 +282,26 @@ def train_reward_model(reward_model, comparisons, config, optimizer=None, last=N
     for step, steps, rows in batches(lengths, config.rm_batch_size, config.rm_epochs, first,
                                      config.seed, "reward_model"):
         set_learning_rate(optimizer, config.rm_lr, step, steps, warmup=min(20, steps // 10))
-        # One forward pass per response, one loss per prompt.
+        # One forward pass per response, and eq. 1: the mean over prompts, whatever their K.
         optimizer.zero_grad()
         scores = score_comparisons(reward_model, [comparisons[i] for i in rows])
-        loss = sum(len(group) * ranking_loss(group) for group in by_K(scores)) / len(scores)
+        losses = [len(group) * ranking_loss(group) for group in group_by_length(scores)]
+        loss = sum(losses) / len(scores)
         loss.backward()
         # One step of Adam.
         norm = gradient_step(loss.item(), reward_model, optimizer, config.max_grad_norm)
         yield {"step": step + 1, "steps": steps, "loss": loss.item(), "grad_norm": norm,
                "accuracy": ranking_accuracy(scores)}
 
-def by_K(rankings):
-    """Scores (K,) of rankings, whose K may differ -> one (n, K) for each K, of n rankings."""
-    groups = defaultdict(list)
-    for scores in rankings:
-        groups[len(scores)].append(scores)
-    return [torch.stack(group) for group in groups.values()]
-
 @torch.no_grad()
 def ranking_accuracy(rankings):
-    """Mean over rankings, a list of scores (K,) best first, of the share of pairs in that order.
+    """The share of pairs that the scores put in the right order, averaged over rankings.
 
-    A tie counts half.
+    rankings: a list of scores (K,), best first. A tie counts half.
     """
     need(rankings, "comparison")
     total = 0.0
-    for scores in by_K(rankings):                                          # (n, K)
+    for scores in group_by_length(rankings):                                          # (n, K)
         better, worse = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1)
         signs = torch.sign(scores[:, better] - scores[:, worse])           # (n, C(K,2))
         total += float(signs.mean(1).sum())
@@ -329,8 +324,7 @@ def reward_scores(reward_model, sampled):
     """
     config = reward_model.gpt.config
     lengths = sampled.prompt_lengths + sampled.mask.sum(1)                 # (B,)
-    lengths = lengths + ~ends(sampled, config.eos_token)
-    lengths = lengths.clamp_max(config.block_size)
+    lengths = (lengths + ~ends(sampled, config.eos_token)).clamp_max(config.block_size)
     tokens = F.pad(sampled.tokens, (0, 1))                                 # (B, P+T+1)
     tokens = tokens.scatter(1, lengths[:, None] - 1, config.eos_token)
     return reward_model(tokens[:, :config.block_size], lengths)
@@ -339,7 +333,7 @@ def reward_scores(reward_model, sampled):
 def normalize_rewards(reward_model, reference, prompts, config):
     """Shift and scale the head: mean 0, std 1 on the reference's own responses to `prompts`.
 
-    PPO's constants (β, the clips) assume rewards of this scale. Where all samples score the same,
+    PPO's constants (β, value_clip) assume rewards of this scale. Where all samples score the same,
     but for rounding, there is no scale to take, and the head is only shifted.
     returns: whether there was a scale    Source: Ziegler et al. 1909.08593, section 2.
     """
@@ -358,7 +352,6 @@ def normalize_rewards(reward_model, reference, prompts, config):
         head.weight.div_(std)
         head.bias.div_(std)
     return scaled
-
 
 # ======== Trajectories: sampling from the policy =================================================
 @dataclass
@@ -405,21 +398,21 @@ def sample_tokens(log_probs, uniforms):
 
 def check_rollout(gpt, prompts, max_new_tokens, temperature):
     """ValueError, before anything is sampled, for what `rollout` cannot do."""
-    P, room = max(map(len, prompts), default=0), gpt.config.block_size
     if not prompts or not all(map(len, prompts)):
-        raise ValueError("there is no prompt or token: begin every prompt with the end token")
+        raise ValueError("there is no prompt, or an empty one: begin each with the end token")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, expected more than 0")
+    P, room = max(map(len, prompts)), gpt.config.block_size
     if max_new_tokens < 1 or P + max_new_tokens > room:
-        raise ValueError(f"prompt {P} and max_new_tokens {max_new_tokens} exceed the context of "
-                         f"{room} tokens")
+        raise ValueError(f"prompt {P} + max_new_tokens {max_new_tokens} do not fit {room} tokens")
 
 @torch.no_grad()
 def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generator=None):
     """Sample a response to each prompt: a_t ~ π_θ(·|s_t) until the end token or T_max.
 
     p(τ) = Π_t π_θ(a_t|s_t): the prompt is given, and the "environment" merely appends a_t to s_t.
-    policy: a GPT or ActorCritic; `hidden`, `logits` and `new_cache` are used
+    policy: a GPT or ActorCritic, of which `hidden`, `new_cache`, `logits` (linear in the hidden
+    state), `wte.weight` and `config.block_size` are used    generator: on the CPU
     prompts: B lists of ids, P >= 1 each    temperature: divides the logits
     returns: Rollout, T is the longest response's length. ValueError for what `check_rollout`
     refuses. Needs `Rollout`, `pad`, `sample_tokens`, `check_rollout`.
@@ -429,27 +422,28 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
     device = gpt.wte.weight.device
     tokens, given = pad(prompts, device)                                   # (B, P), the longest
     (B, P), lengths = tokens.shape, given.sum(1)
-    tokens = F.pad(tokens, (0, max_new_tokens))                            # (B, P+T)
-    mask = given.new_zeros(B, max_new_tokens)                              # (B, T)
+    tokens = F.pad(tokens, (0, max_new_tokens))                            # (B, P+T_max)
+    mask = given.new_zeros(B, max_new_tokens)                              # (B, T_max)
     wide = torch.promote_types(gpt.wte.weight.dtype, torch.float32)
-    log_probs = torch.zeros_like(mask, dtype=wide)                         # (B, T)
-    uniforms = torch.rand(max_new_tokens, B, generator=generator,  # each row has its own
-                          device=generator.device if generator else "cpu").to(device)
-    rows = torch.arange(B, device=device)  # (B',) which trajectory each row still sampled is
-    alive = rows >= 0                      # (B',) whether it goes on
+    log_probs = torch.zeros_like(mask, dtype=wide)                         # (B, T_max)
+    # Drawn up front: a row's draws do not depend on when others end.
+    uniforms = torch.rand(max_new_tokens, B, generator=generator).to(device)
+    rows = torch.arange(B, device=device)  # (B',) the trajectory of each remaining row
+    alive = torch.ones_like(rows, dtype=torch.bool)  # (B',) whether it goes on
     # Read the prompts: the hidden state of each row's last token, that of s_0.
     cache = gpt.new_cache(B, P + max_new_tokens)
     positions = torch.arange(P, device=device).expand(B, P)
-    x = gpt.hidden(tokens[:, :P], [c[:, :P] for c in cache], positions, lengths[:, None] - 1)
+    x = gpt.hidden(tokens[:, :P], [c[:, :P] for c in cache], positions,
+                   at=lengths[:, None] - 1)                                # (B, 1, C)
     for t in range(max_new_tokens):
         # Draw a_t. Each row writes it at its own position; behind an end stands token 0.
-        logits = gpt.logits(x[:, 0] / temperature)                     # (B', V)
-        log_p = F.log_softmax(logits, dim=-1, dtype=wide)              # (B', V)
+        logits = gpt.logits(x[:, 0] / temperature)                         # (B', V)
+        log_p = F.log_softmax(logits, dim=-1, dtype=wide)                  # (B', V)
         action = sample_tokens(log_p, uniforms[t, rows]).where(alive, 0)  # (B',)
         log_probs[rows, t] = log_p.gather(1, action[:, None]).squeeze(1).where(alive, 0)
         tokens[rows, lengths[rows] + t] = action
         mask[rows, t] = alive
-        # Rows that have ended leave the batch, a fifth at a time: moving the cache costs time.
+        # Ended rows leave once a fifth of them have ended: moving the cache costs time.
         alive = alive & (action != eos_token)
         left, T = int(alive.sum()), t + 1
         if left == 0 or T == max_new_tokens:
@@ -458,7 +452,7 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
             cache = [c[alive] for c in cache]
             rows, action, alive = rows[alive], action[alive], alive[alive]
         # Append a_t to s_t, and read on.
-        positions = (lengths[rows] + t)[:, None]                       # (B', 1)
+        positions = (lengths[rows] + t)[:, None]                           # (B', 1)
         x = gpt.hidden(action[:, None], [c[:, :P + T] for c in cache], positions)
     actions = tokens.gather(1, lengths[:, None] + torch.arange(T, device=device))  # (B, T)
     return Rollout(tokens=tokens[:, :P + T], prompt_lengths=lengths, actions=actions,
@@ -476,32 +470,31 @@ def gather_log_probs(logits, actions):
 def forward_responses(model, batch, temperature):
     """One pass over prompts and responses, read at position P-1+t for each step t.
 
-    model: GPT or ActorCritic    batch: Rollout    returns: log_probs (B, T) of the actions,
-    0 after the end; values (B, T), or None for a GPT; logits (B, T, V) of the tempered policy
+    model: GPT, whose values are 0, or ActorCritic    batch: Rollout    returns: log_probs (B, T) of
+    the actions and values (B, T), 0 after the end; logits (B, T, V), divided by the temperature
     """
     gpt = getattr(model, "gpt", model)
     T = batch.mask.shape[1]
     at = batch.prompt_lengths[:, None] - 1 + torch.arange(T, device=batch.mask.device)  # (B, T)
     x = gpt.hidden(batch.tokens, at=at)                                    # (B, T, C)
     logits = gpt.logits(x / temperature)                                   # (B, T, V)
-    values = None
+    log_probs = gather_log_probs(logits, batch.actions).where(batch.mask, 0)  # (B, T)
+    values = torch.zeros_like(log_probs)                                   # (B, T)
     if model is not gpt:
-        values = model.value_head(x).squeeze(-1).to(batch.log_probs)       # (B, T)
-    log_probs = gather_log_probs(logits, batch.actions)
-    return log_probs.where(batch.mask, 0), values, logits
+        values = model.value_head(x).squeeze(-1).to(log_probs).where(batch.mask, 0)
+    return log_probs, values, logits
 
 @torch.no_grad()
 def read_responses(model, batch, config):
-    """(log_probs (B, T), values (B, T)) by `forward_responses`; the values of a GPT are 0.
+    """(log_probs (B, T), values (B, T)) by `forward_responses`, one micro-batch at a time.
 
-    One micro-batch at a time: the logits of all rows at once would fill the memory.
+    The logits of all rows at once would fill the memory.
     """
     log_probs, values = batch.log_probs.new_zeros(2, *batch.mask.shape)    # 2 × (B, T)
     for rows, part in micro_batches(batch, config.micro_batch_size):
         T = part.mask.shape[1]
-        log_probs[rows, :T], v, _ = forward_responses(model, part, config.temperature)
-        if v is not None:
-            values[rows, :T] = v.where(part.mask, 0)
+        new_log_probs, new_values, _ = forward_responses(model, part, config.temperature)
+        log_probs[rows, :T], values[rows, :T] = new_log_probs, new_values
     return log_probs, values
 
 def kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, kl_coef):
@@ -524,17 +517,16 @@ def kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, kl_coef):
         rewards = rewards - kl_coef * (valid(log_probs, mask) - valid(ref_log_probs, mask))
     return rewards
 
-
 # ======== Policy gradient, and its variance: rewards-to-go, baseline, advantage ==================
 def policy_gradient_loss(log_probs, weights, mask):
     """A loss whose gradient estimates −∇J: −(1/B) Σ_b Σ_t log π(a_t|s_t) w_t over B trajectories.
 
     J(θ) = E_{τ~π_θ}[R(τ)], R(τ) = Σ_t γ^t r_t. Since ∇p = p ∇log p and log p(τ) is Σ_t log π_θ
     plus what does not depend on θ, ∇J = E_τ[Σ_t ∇log π_θ(a_t|s_t) w_t] with w_t = R(τ): REINFORCE.
-    And since E_a[∇log π(a|s)] = ∇Σ_a π(a|s) = 0, what a_t cannot change may leave w_t: rewards
-    before t (`rewards_to_go`), any baseline b(s_t). With γ = 1 the expectation stays; the variance
-    falls with a good b, such as V(s_t). What is left estimates the advantage A(s_t, a_t) (`gae`:
-    unbiased if λ = 1 or V is exact). For the same reason the log π in r_t needs no gradient.
+    And since E_a[∇log π(a|s)] = ∇Σ_a π(a|s) = 0, what a_t cannot change may be taken from w_t: the
+    rewards before t (`rewards_to_go`), any baseline b(s_t). With γ = 1 the gradient's expectation
+    stays; its variance falls with a good b, such as V(s_t). The rest estimates the advantage
+    A(s_t, a_t): `gae`, unbiased for ∇J if λ = 1 or V is exact. The log π in r_t needs no gradient.
     log_probs, weights, mask: (B, T)    returns: (); weights are constants, without gradient
     Source: REINFORCE, Williams 1992; GAE 1506.02438, eq. 1. Needs `valid`.
     """
@@ -553,14 +545,14 @@ def rewards_to_go(rewards, mask, gamma=1.0):
         result.append(to_go)
     return torch.stack(result[::-1], dim=1)
 
-
 # ======== Generalised advantage estimation =======================================================
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """A_t, an estimate of Q(s_t, a_t) − V(s_t): how much better a_t is than what π does there.
+    """A_t, an estimate of Q(s_t, a_t) − V(s_t): how much better a_t is than π's average.
 
-    V(s_t) = E[Σ_{t' >= t} γ^{t'−t} r_{t'}], the value, is learnt by `value_loss`. The TD errors
+    V(s_t) = E[Σ_{t' >= t} γ^{t'−t} r_{t'}], the value, is fitted by `value_loss`. The TD errors
     δ_t = r_t + γ V(s_{t+1}) − V(s_t) telescope: Σ_{l<k} γ^l δ_{t+l} is what k steps earned, plus
-    γ^k V(s_{t+k}), minus V(s_t). Averaged over k with weights (1−λ) λ^{k−1} that is
+    γ^k V(s_{t+k}), minus V(s_t). Averaged over k with weights (1−λ) λ^{k−1} (beyond the end all k
+    give the same, so the last one has the rest of the weight) that is
         A_t = Σ_l (γλ)^l δ_{t+l},    backwards from the end:    A_t = δ_t + γλ A_{t+1}
     V after the last action is 0, also of a response that was cut: its score is paid there. λ = 1
     gives rewards-to-go minus V (no bias in ∇J, most variance), λ = 0 δ_t (trusts V the most).
@@ -569,7 +561,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
         A = (0.2 + 0.25, 0.4 + 0.1, 0.2) = (0.45, 0.5, 0.2)
     rewards, values, mask: (B, T)    returns: (B, T), 0 after the end; A + V is the value target.
     Assumes that each row of the mask is a prefix of ones (right padding). Needs `valid`.
-    Source: GAE 1506.02438, eq. 16; PPO 1707.06347, eq. 11 and 12.
+    Source: GAE 1506.02438, eq. 16; PPO 1707.06347, eq. 12, and 11, whose exponent should be T−t−1.
     """
     rewards, values = valid(rewards, mask), valid(values, mask)
     advantages, next_value, next_advantage = [], 0, 0
@@ -585,13 +577,12 @@ def whiten(x, mask):
 
     Advantages then have one scale, whatever the reward's. A constant whitens to exactly 0.
     x, mask: (B, T)    returns: (B, T). Needs `valid`, `masked_mean`.
-    Source: baselines, ppo2, which does it per minibatch; here it is done over the whole batch.
+    Source: lm-human-preferences, utils/core.py, per minibatch; here over the whole batch.
     """
     x = valid(x, mask)
-    x = x - x.where(mask.bool(), -torch.inf).amax()  # else rounding of a large mean is variance
+    x = x - x.where(mask.bool(), -torch.inf).amax()  # a constant becomes exactly 0
     centred = valid(x - masked_mean(x, mask), mask)
     return centred * torch.rsqrt(masked_mean(centred**2, mask) + 1e-8)
-
 
 # ======== Importance sampling, and PPO's losses ==================================================
 def ppo_policy_loss(log_probs, old_log_probs, advantages, mask, clip=0.2):
@@ -635,7 +626,6 @@ def entropy(logits, mask):
     log_p = F.log_softmax(valid(logits, mask[..., None]), dim=-1)          # (B, T, V)
     return masked_mean(-(log_p.exp() * log_p).sum(-1), mask)
 
-
 # ======== Reward hacking and the KL penalty ======================================================
 #
 # r(x, y) is only a fit. Far from the texts that it was trained on, some texts score high and are
@@ -663,7 +653,6 @@ def adapt_kl_coef(kl_coef, kl, kl_target, K=0.1):
     error = min(max(kl / kl_target - 1, -0.2), 0.2)
     return kl_coef * (1 + K * error)
 
-
 # ======== The loop of PPO: collect, update, repeat ===============================================
 @dataclass
 class Experience(Rollout):
@@ -684,8 +673,9 @@ def collect(policy, reference, reward_fn, prompts, config, generator=None):
     """One batch of experience from π_θ, which from now on is π_old.
 
     policy: ActorCritic    reference: a frozen GPT    prompts: B lists of ids    returns: Experience
-    reward_fn(Rollout) -> scores (B,): a reward model or any callable, else ValueError. A response
-    without an end token scores config.missing_eos_score instead (None: reward_fn's own).
+    reward_fn: a callable Rollout -> scores (B,), such as partial(reward_scores, reward_model);
+    ValueError for another shape. A response without an end token scores config.missing_eos_score
+    instead (None: reward_fn's own).
     """
     # Sample trajectories.
     start, eos = time.perf_counter(), policy.gpt.config.eos_token
@@ -695,10 +685,10 @@ def collect(policy, reference, reward_fn, prompts, config, generator=None):
         raise ValueError("a row of the mask is no prefix of ones: pad on the right")
     # Score the whole responses.
     scores = reward_fn(sampled)
-    shape = None if scores is None else tuple(torch.as_tensor(scores).shape)
-    if shape != (len(mask),):
-        raise ValueError(f"reward_fn gave scores of shape {shape}, expected {(len(mask),)}")
-    scores = torch.as_tensor(scores).to(sampled.log_probs)                 # (B,)
+    scores = torch.as_tensor(math.nan if scores is None else scores).to(sampled.log_probs)
+    if scores.shape != mask.shape[:1]:
+        raise ValueError(f"reward_fn gave scores of shape {tuple(scores.shape)}, expected "
+                         f"{tuple(mask.shape[:1])}")
     if config.missing_eos_score is not None:  # Huang et al. 2403.17031, detail 23
         scores = scores.where(ends(sampled, eos), config.missing_eos_score)
     # Turn them into rewards per token, and those into the advantages of the actions.
@@ -716,22 +706,21 @@ def ppo_loss(policy, batch, config):
 
     returns: (loss (), {metric: () without gradient})
     """
-    old, mask = batch, batch.mask
     log_probs, values, logits = forward_responses(policy, batch, config.temperature)
-    policy_part = ppo_policy_loss(log_probs, old.log_probs, old.advantages, mask, config.clip)
-    value_part = value_loss(values, old.values, old.returns, mask, config.value_clip)
+    mask, old_log_probs = batch.mask, batch.log_probs
+    policy_part = ppo_policy_loss(log_probs, old_log_probs, batch.advantages, mask, config.clip)
+    value_part = value_loss(values, batch.values, batch.returns, mask, config.value_clip)
     # A part whose coefficient is 0 stays out: 0 times an infinite loss would not be 0.
     loss = policy_part
     if config.value_coef:
         loss = loss + config.value_coef * value_part
     if config.entropy_coef:
         loss = loss - config.entropy_coef * entropy(logits, mask)
-    # What to watch: how far the policy has moved since the batch was collected.
-    log_ratio = (log_probs.detach() - old.log_probs).where(mask, 0)        # (B, T) log ρ
+    # How far the policy has moved since the batch was collected.
+    log_ratio = log_probs.detach() - old_log_probs                         # (B, T) log ρ
     change = log_ratio.expm1()                                             # (B, T) ρ − 1
-    clipped = (change.abs() > config.clip).float()                         # (B, T)
     metrics = {"loss": loss, "policy_loss": policy_part, "value_loss": value_part,
-               "clip_fraction": masked_mean(clipped, mask),
+               "clip_fraction": masked_mean(change.abs() > config.clip, mask),
                "approx_kl": masked_mean(change - log_ratio, mask)}  # k3 of KL(π_old‖π)
     return loss, {name: value.detach() for name, value in metrics.items()}
 
@@ -751,10 +740,11 @@ def minibatch_gradient(policy, minibatch, config):
     return {name: float(value) for name, value in total.items()}
 
 def ppo_update(policy, optimizer, experience, config, generator=None, documents=None):
-    """K epochs of minibatch steps on one batch of experience; returns the metrics of the update.
+    """ppo_epochs passes of minibatch steps on a batch of experience; returns the update's metrics.
 
-    PPO-ptx: with ptx_coef, each step adds ptx_coef times the gradient of −E log π(x) on as many
-    `documents` (lists of ids) as it has trajectories, at temperature 1. InstructGPT, eq. 2, §C.4.
+    PPO-ptx: with ptx_coef, each step adds ptx_coef times the gradient of −E log π(x), a mean per
+    token, on as many `documents` as it has trajectories, at temperature 1 (InstructGPT, eq. 2;
+    its §C.4 has eight times as many, so its γ = 27.8 is on another scale).
     FloatingPointError for a loss or gradient that is not finite.
     """
     # Advantages are whitened over the whole batch; the returns keep their own scale.
@@ -762,7 +752,8 @@ def ppo_update(policy, optimizer, experience, config, generator=None, documents=
     experience = replace(experience, advantages=whitened)
     history, tokens, stop = [], 0, False
     for epoch in range(config.ppo_epochs):
-        for rows in permutation(len(whitened), generator).split(config.minibatch_size):
+        order = torch.randperm(len(whitened), generator=generator)
+        for rows in order.split(config.minibatch_size):
             minibatch = experience.take(rows.to(whitened.device))
             tokens += int(minibatch.mask.sum())
             # The gradient of PPO's loss, a mean over the minibatch's tokens.
@@ -775,7 +766,7 @@ def ppo_update(policy, optimizer, experience, config, generator=None, documents=
                 break
             # PPO-ptx: the gradient of the language model's loss is added to it.
             if config.ptx_coef:
-                sample = draw(documents, len(rows), generator, "document: PPO-ptx needs documents")
+                sample = draw(documents, len(rows), generator, "document, which PPO-ptx needs")
                 ptx_loss = language_model_loss(policy.gpt, sample)
                 (config.ptx_coef * ptx_loss).backward()
                 metrics["ptx_loss"] = ptx_loss.item()
@@ -786,7 +777,7 @@ def ppo_update(policy, optimizer, experience, config, generator=None, documents=
             history.append(metrics)
         if stop:
             break
-    # The mean of each metric over the steps; there is none if the first minibatch was too far.
+    # The mean of each metric over the steps: none, if the first minibatch already stopped.
     update = {"updates": len(history), "early_stop": stop, "tokens": tokens}
     for name in history[0] if history else ():
         update[name] = sum(m[name] for m in history) / len(history)
@@ -801,11 +792,13 @@ def train_ppo(policy, reference, reward_fn, prompts, config, optimizer=None, las
     reference: the policy's frozen start, a GPT    prompts, documents (for PPO-ptx): lists of ids
     reward_fn(Rollout) -> scores (B,), but see `collect` for responses that were cut
     """
+    if config.ptx_coef:
+        need(documents, "document, which PPO-ptx needs")
     optimizer, first = begin(policy, optimizer, last)
     steps = config.ppo_iterations
     for step in range(first, steps):
         generator = seeded(config.seed, "ppo", step)
-        # A warm-up: Adam's first steps are long, and what they break in the language costs KL.
+        # A warm-up: Adam's first steps are long, and damage to the language costs KL to repair.
         set_learning_rate(optimizer, config.ppo_lr, step, steps, warmup=steps // 7)
         # β is fixed, or follows from the KL of the step before.
         kl_coef = config.kl_coef
@@ -824,7 +817,7 @@ def train_ppo(policy, reference, reward_fn, prompts, config, optimizer=None, las
         yield last
 
 def experience_metrics(e, eos_token):
-    """What to watch: reward, KL to the reference (k1, k3), length, end, explained variance."""
+    """What to watch: reward, KL (k1, k3), length, share ended, entropy, explained variance."""
     kl, kl_k3 = kl_estimates(e.log_probs, e.ref_log_probs, e.mask)         # 2 × (B,)
     length = e.mask.sum(1)                                                 # (B,)
     columns = {"reward": e.scores, "kl": kl, "kl_k3": kl_k3, "length": length.float(),
@@ -833,13 +826,12 @@ def experience_metrics(e, eos_token):
     metrics["entropy"] = -float(masked_mean(e.log_probs, e.mask))  # H = −E log π, from the samples
     # 1 − Var(R − V) / Var(R): 1 if V predicts every return, 0 if it is as good as a constant.
     returns, errors = e.returns[e.mask], (e.returns - e.values)[e.mask]
-    variance, explained = returns.var(correction=0), 0.0
-    if variance > 1e-10 * (1 + returns.square().mean()):  # below, it is only rounding
-        explained = 1 - float(errors.var(correction=0) / variance)
-    metrics["explained_variance"] = explained
+    variance = returns.var(correction=0)
+    explained = 1 - float(errors.var(correction=0) / variance)
+    varies = variance > 1e-10 * (1 + returns.square().mean())  # below, it is only rounding
+    metrics["explained_variance"] = explained if varies else 0.0
     metrics["rollout_tokens_per_s"] = int(length.sum()) / e.rollout_seconds
     return metrics
-
 
 # ======== Evaluation =============================================================================
 def wilson(wins, n, z=1.96):
@@ -858,9 +850,7 @@ def evaluate(policy, reference, reward_fn, prompts, config, true_reward_fn=None)
     """
     need(prompts, "prompt")
     prompts, eos = prompts[:config.eval_prompts], reference.config.eos_token
-    judges = {"reward": reward_fn}
-    if true_reward_fn:
-        judges["true_reward"] = true_reward_fn
+    judges = {"reward": reward_fn, "true_reward": true_reward_fn}
     texts, figures = {"prompt": prompts, "lm": [], "ppo": []}, defaultdict(list)
     for side, model in (("lm", reference), ("ppo", policy)):
         for i in range(0, len(prompts), 128):
@@ -870,14 +860,14 @@ def evaluate(policy, reference, reward_fn, prompts, config, true_reward_fn=None)
                         generator)
             texts[side] += r.lists()[1]
             # Score the responses, and measure how far the policy's are from the reference's.
-            columns = {f"{name}_{side}": judge(r) for name, judge in judges.items()}
+            columns = {f"{name}_{side}": judge(r) for name, judge in judges.items() if judge}
             columns |= {f"length_{side}": r.mask.sum(1), f"ended_{side}": ends(r, eos)}
             if side == "ppo":
                 ref_log_probs, _ = read_responses(reference, r, config)
                 columns["kl"], _ = kl_estimates(r.log_probs, ref_log_probs, r.mask)
             for name, values in columns.items():
                 figures[name] += [float(value) for value in values]
-    record = evaluation_record(figures, judge=list(judges)[-1])
+    record = evaluation_record(figures, "true_reward" if true_reward_fn else "reward")
     record["distinct_ppo"] = len(set(map(tuple, texts["ppo"]))) / len(prompts)
     # One sample per prompt, from the columns.
     columns = texts | figures
@@ -901,18 +891,16 @@ def evaluation_record(figures, judge):
             record["reward_correlation_lm"] = float(torch.corrcoef(both)[0, 1])
     return record
 
-
 # ======== The program: language model, reward model, PPO, evaluation =============================
 FILES = {"language_model": "lm.pt", "reward_model": "reward.pt", "ppo": "policy.pt"}
-SAVE_EVERY = 10.0  # seconds of work that a kill can cost
+SAVE_EVERY = 10.0  # seconds; a kill costs at most these and one step
 
 def stage_settings(stage, config, data):
     """All that a stage's weights depend on: its settings, those of earlier stages, and the data."""
-    last = {"language_model": "language model", "reward_model": "rollout", "ppo": "ppo"}[stage]
-    stages = STAGES[1:STAGES.index(last) + 1]  # not "run", which says where to read and write
+    stages = STAGES[1:STAGES.index(stage.replace("_", " ")) + 1]  # not "run": where to read, write
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
                 if f.metadata["stage"] in stages}
-    return settings | {"data": data.fingerprint, "format of checkpoints": 2}
+    return settings | {"data": data.fingerprint, "stage": stage, "format of checkpoints": 2}
 
 def read_checkpoint(path):
     """The dictionary that `save_stage` wrote; ValueError for another file."""
@@ -922,27 +910,25 @@ def read_checkpoint(path):
     return checkpoint
 
 def find_checkpoints(config, data, fresh):
-    """{stage: its checkpoint or None} before the stage `fresh`, from which on all starts anew.
+    """{stage: its checkpoint} of the stages before `fresh` that have one.
 
     ValueError for one that was made with other settings or data: nothing is overwritten unasked.
     """
     found = {}
-    for stage, name in FILES.items():
+    for i, (stage, name) in enumerate(FILES.items()):
         path = Path(config.out_dir) / name
         if stage == fresh:
             break
-        found[stage] = read_checkpoint(path) if path.exists() else None
-        if not found[stage]:
-            continue
-        # A file counts if all earlier ones are there, and if it was made with these settings.
-        ours, theirs = stage_settings(stage, config, data), found[stage]["settings"]
-        changed = [f"{key} {theirs.get(key)}, now {ours[key]}" for key in ours
-                   if theirs.get(key) != ours[key]]
-        if None in found.values():
-            changed = ["an earlier file, which is missing now"]
-        if changed:
-            raise ValueError(f"{path} was made with {'; '.join(changed)}: --fresh {stage} starts "
-                             "over from there, another --out_dir keeps what there is")
+        if path.exists():
+            found[stage] = read_checkpoint(path)
+            ours, theirs = stage_settings(stage, config, data), found[stage]["settings"]
+            changed = [f"{key} {theirs.get(key)}, now {ours[key]}" for key in ours
+                       if theirs.get(key) != ours[key]]
+            if len(found) <= i:
+                changed = ["an earlier file, which is missing now"]
+            if changed:
+                raise ValueError(f"{path} was made with {'; '.join(changed)}: --fresh {stage} "
+                                 "starts over from there, another --out_dir keeps what there is")
     return found
 
 def save_stage(stage, state, model, optimizer, config, data):
@@ -995,7 +981,7 @@ def run_stage(stage, model, train, checkpoint, log, config, data):
     return state["seconds"]
 
 def load(path, device="cpu"):
-    """(model, Config of its run, tokenizer) of lm.pt, reward.pt or policy.pt, wherever it lies."""
+    """(model, Config of its run, tokenizer) of lm.pt, reward.pt or policy.pt, in any folder."""
     if not Path(path).exists():
         raise ValueError(f"{path}: no such file; run python rlhf.py first")
     checkpoint = read_checkpoint(path)
@@ -1017,26 +1003,25 @@ def pick_device(name):
 def starting_point(config):
     """(language model, data, config) before stage 1; the weights of `init` bring their sizes."""
     lm = encoding = None
-    sizes = ("block_size", "n_layer", "n_head", "n_embd")
     if config.init:
         lm, encoding = GPT.from_pretrained(config.init), dataset.gpt2_encoding()
         if lm.config.vocab_size != encoding.n_vocab:
             raise ValueError(f"{config.init}: its vocabulary of {lm.config.vocab_size:,} tokens is "
                              f"not GPT-2's of {encoding.n_vocab:,}")
+        sizes = ("block_size", "n_layer", "n_head", "n_embd")
         config = replace(config, **{name: getattr(lm.config, name) for name in sizes})
     data = dataset.load(config.data_dir, config.block_size, config.max_new_tokens, encoding)
     if lm:  # other weights to start from are like other data
         weights = torch.cat([weight.flatten() for weight in lm.state_dict().values()])
         data.fingerprint += hashlib.sha256(weights.numpy()).hexdigest()[:16]
     else:
-        shape = {name: getattr(config, name) for name in sizes}
-        lm = GPT(GPTConfig(vocab_size=data.eos_token + 1, **shape),
-                 seeded(config.seed, "language_model init", 0))
+        lm = GPT(GPTConfig(data.eos_token + 1, config.block_size, config.n_layer, config.n_head,
+                           config.n_embd), seeded(config.seed, "language_model init", 0))
     lm.config.eos_token = data.eos_token
     return lm, data, config
 
 def true_reward_of(data):
-    """(prompts, responses), lists of ids -> true rewards (B,); None but for the shipped data."""
+    """(prompts, responses), lists of ids -> true rewards (B,); None unless the data are shipped."""
     if not data.shipped:
         return None
     from data.reviews.annotator import true_reward
@@ -1044,7 +1029,7 @@ def true_reward_of(data):
         [true_reward(data.text(x), data.text(y)) for x, y in zip(prompts, responses)])
 
 def run(config, fresh=None):
-    """All stages, from the stage `fresh` on anew. Returns the record of the evaluation."""
+    """Run every stage; `fresh` and those after it start over. Returns the evaluation record."""
     # Whatever can be refused is refused here, before anything is written.
     device, out = pick_device(config.device), Path(config.out_dir)
     lm, data, config = starting_point(config)
@@ -1087,7 +1072,8 @@ def run(config, fresh=None):
 
     # 4. Evaluation on held-out prompts, comparisons and documents.
     start = time.perf_counter()
-    record, samples = evaluate(policy, lm, reward_fn, held.prompts, config, judge)
+    record, samples = evaluate(policy, lm, partial(reward_scores, reward_model), held.prompts,
+                               config, judge)
     record["language_model_loss"] = corpus_loss(lm, held.documents)
     record["reward_model_accuracy"] = reward_model_accuracy(reward_model, held.comparisons)
     if judge:  # labels are noisy: the true reward itself does not predict all of them
@@ -1096,8 +1082,8 @@ def run(config, fresh=None):
     seconds["evaluation"] = time.perf_counter() - start
     record |= {f"seconds_{name}": s for name, s in seconds.items()}
     record["seconds"] = sum(seconds.values())
-    row = {"stage": "evaluation", "step": 1, **record}
-    dataset.write_records(out / "log.jsonl", [row], "a")
+    log.append({"stage": "evaluation", "step": 1, **record})
+    dataset.write_records(out / "log.jsonl", log)
     # What a person sees: the samples as text, and the figures.
     samples = [sample | {key: data.text(sample[key]) for key in ("prompt", "lm", "ppo")}
                for sample in samples]

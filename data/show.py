@@ -64,7 +64,7 @@ def summary(record, samples, out):
     for name, value in record.items():
         if name.removesuffix("_lm").removesuffix("_ppo") not in both:
             print(f"{name:34}{value:z28.3f}")
-    print(f"\nwritten to {out}/: log.jsonl, samples.jsonl, lm.pt, reward.pt, policy.pt{curves(out)}")
+    print(f"\nwritten to {out}: log.jsonl, samples.jsonl, lm.pt, reward.pt, policy.pt{curves(out)}")
 
 def curves(out):
     """Write curves.png from log.jsonl if matplotlib can; returns what to say of it."""
