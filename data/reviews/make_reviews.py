@@ -176,7 +176,7 @@ class Writer:
         if step == "further" and self.said(topic) == len(self.film.reasons[topic, sign]):
             step = "more"
         if step == "next":
-            topic = self.topic("lead", "partner", "scene", "look", "any")
+            topic = self.topic("lead", "any")
         if step == "claim":
             topic = self.topic(*CLASSES["with"])
         if step in ("vague", "ramble"):
@@ -189,7 +189,7 @@ class Writer:
 
     def turn(self):
         """But something else is better, or worse."""
-        topic = self.topic("lead", "scene", "look")
+        topic = self.topic("any")
         self.say("turn" + self.sign, self.sign, topic)
         return topic
 
@@ -290,11 +290,15 @@ def reasoned(sentences):
 
 
 def say_again(rng, sentences, prompt):
-    """The same sentence again, or the same topic named again."""
+    """The same sentence again, the same reason again, or the same topic named again."""
     i = rng.randrange(len(sentences))
     one = sentences[i]
     if rng.random() < 0.4 or not one.reason or len(one.film.reasons[one.topic, one.sign]) < 2:
         return text_of([*sentences[:i + 1], *sentences[i:]])
+    if rng.random() < 0.5:  # "Better still," and the same reason
+        template = rng.choice(SECTIONS["further" + one.sign, ""])[0]
+        again = dataclasses.replace(one, section="further" + one.sign, template=template)
+        return text_of([*sentences[:i + 1], again, *sentences[i + 1:]])
     kind = one.film.topics[one.topic]
     section = rng.choice(["claim", "next"]) + one.sign
     template = rng.choice(SECTIONS[section, kind])[0]
@@ -342,16 +346,6 @@ def other_film(rng, sentences, prompt):
     return changed(sentences, i, film=film, topic=topic, reason=reason)
 
 
-def off_the_point(rng, sentences, prompt):
-    """A reason that is one for something else in the same film."""
-    if where := reasoned(sentences):
-        i = rng.choice(where)
-        one = sentences[i]
-        topics = [topic for topic in one.film.topics if topic != one.topic]
-        reason = rng.choice(one.film.reasons[rng.choice(topics), one.sign])
-        return changed(sentences, i, reason=reason)
-
-
 def contradict(rng, sentences, prompt):
     """Praise with a reason to blame, or the other way round."""
     if where := reasoned(sentences):
@@ -390,10 +384,9 @@ def gush(rng, sentences, prompt):
 
 
 FLAWS = {  # and how eagerly each is tried: some can seldom be made
-    "doubled word": (double_word, 0.7), "X and X": (twin_word, 0.5), "said again": (say_again, 0.5),
-    "false contrast": (false_contrast, 0.5), "cut off": (cut_off, 0.2), "gushing": (gush, 0.5),
-    "other film": (other_film, 12), "off the point": (off_the_point, 3),
-    "contradiction": (contradict, 1), "crossed": (cross, 3)}
+    "doubled word": (double_word, 1.2), "X and X": (twin_word, 1), "said again": (say_again, 1.2),
+    "false contrast": (false_contrast, 0.8), "cut off": (cut_off, 0.3), "gushing": (gush, 1),
+    "other film": (other_film, 6), "contradiction": (contradict, 2), "crossed": (cross, 4)}
 NAMES = {name for film in FILMS for people in film.people.values() for name in people[0].split()}
 
 
@@ -424,8 +417,8 @@ def openings(pool):
 def comparisons(rng, pool):
     """Without end: (prompt, [(text, kind of flaw or None)]), two honest continuations and variants.
 
-    The opening of a review of the pool is cut after 2 to 8 words within a sentence, or sooner, where
-    fewer than three reviews begin with the same words. The honest continuations are reviews that begin so.
+    The opening of a review of the pool is cut after 2 to 8 words within a sentence, or sooner
+    where fewer than three reviews begin so. The honest continuations are such reviews.
     """
     index = openings(pool)
     while True:
