@@ -60,7 +60,7 @@ class Config:
     n_layer: int = LM(2, "transformer blocks")
     n_head: int = LM(4, "attention heads")
     n_embd: int = LM(128, "width, a multiple of n_head")
-    lm_epochs: int = LM(1, "passes over the corpus")
+    lm_epochs: int = LM(2, "passes over the corpus")
     lm_batch_size: int = LM(16, "documents per step")
     lm_lr: float = LM(4e-3, "peak learning rate")
     max_new_tokens: int = ROLLOUT(64, "T_max: a longer response is cut")

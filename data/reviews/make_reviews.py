@@ -22,7 +22,7 @@ import statistics
 from data.reviews.annotator import Film, PRONOUNS, read_grammar, repetitions, true_reward, words_of
 
 HERE = pathlib.Path(__file__).parent
-REVIEWS, POOL, RANKINGS = 30_000, 100_000, 12_000
+REVIEWS, POOL, RANKINGS = 24_000, 100_000, 12_000
 FILMS, SECTIONS = read_grammar()
 
 
