@@ -88,11 +88,13 @@ class Config:
     eval_prompts: int = EVALUATION(512, "held-out prompts, at most")
 
     def __post_init__(self):
+        types = {f.name: f.type for f in dataclasses.fields(self)}
         for expected, (test, names) in RANGES.items():
             for name in names.split():
-                value, optional = getattr(self, name), name in OPTIONAL
-                number = isinstance(value, (int, float)) and abs(value) < 1e30
-                if not (number and test(value) or value is None and optional):
+                value = getattr(self, name)
+                number = type(value) is int or type(value) is float and types[name] is not int
+                sound = number and abs(value) < 1e30 and test(value)
+                if not sound and not (value is None and name in OPTIONAL):
                     raise ValueError(f"{name} is {value!r}, expected {expected}")
         if self.kl_target and not self.kl_coef:
             raise ValueError("kl_coef is 0, expected more: kl_target multiplies it")

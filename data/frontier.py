@@ -1,201 +1,189 @@
-"""Over-optimisation in one picture: `python data/frontier.py` draws out/frontier.png.
+"""Over-optimisation in one picture: how far may a policy follow the learned reward?
 
-How far may a policy follow a learned reward before the true one falls? Reward against √KL(π‖π_ref),
-as Gao et al. 2022 (2210.10760) draw it, for two optimisers of the same reward model:
+    python -m data.frontier --runs out out/seed1 out/seed2
 
-    PPO at several kl_coef: KL as measured on held-out prompts
-    best-of-n: sample n responses, keep the one that scores best; KL = log n − (n−1)/n (an upper
-        bound where one response can be drawn twice, Beirami et al. 2024, 2401.01879)
+takes finished runs that differ in their seeds, and draws frontier.png into the first one's folder,
+in about 15 minutes on two cores. Results are kept in studies.jsonl: the same command goes on.
 
-Both rewards are shown as gains over the language model's mean, in its standard deviations. Each
-seed trains its own language model and reward model. Figures are appended to out/frontier.jsonl as
-they come; what stands there is not made again, so a stopped study goes on with the same command.
+Both rewards are drawn against √KL(π‖π_ref), as in Gao et al. (2210.10760): PPO with several prices
+of KL (kl_coef), and best of n, which trains nothing and keeps the best-scored of n responses (its
+KL is at most log n − (n−1)/n: Beirami et al. 2401.01879). The held-out prompts are the same.
 """
 import argparse
-import contextlib
-import hashlib
+import functools
 import math
-import shutil
-import sys
+import multiprocessing
+import signal
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torch  # noqa: E402  (the line above makes this work as a script)
+import torch
 
-import rlhf  # noqa: E402
-from data import dataset  # noqa: E402
+import rlhf
+from data import dataset, look, show
+from model import ActorCritic
 
-SEEDS, KL_COEFS = (0, 1, 2), (0.0, 0.05, 0.2)
-SAMPLES, PROMPTS = 128, 64  # for best-of-n: the largest n, and held-out prompts
-COLOURS = {"reward": "#c2571a", "true_reward": "#2563a8"}
-
-
-def ppo(config, data):
-    """One run of PPO, measured on its held-out samples; its path is that of training's batches."""
-    out = Path(config.out_dir)
-    with open(out / "run.log", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        rlhf.run(config, next((s for s in rlhf.FILES if made_otherwise(s, config, data)), None))
-    samples = dataset.read_records(out / "samples.jsonl")
-    log = [row for row in dataset.read_records(out / "log.jsonl") if row["stage"] == "ppo"]
-
-    def column(name):
-        return torch.tensor([sample[name] for sample in samples], dtype=torch.float64)
-
-    record = {"kl_coef": config.kl_coef, "kl": float(column("kl").mean())}
-    for name in COLOURS:
-        record |= {name: float(column(f"{name}_ppo").mean())} | moments(name, column(f"{name}_lm"))
-    return record | {"path": [[round(row[k], 3) for k in ("kl", *COLOURS)] for row in log]}
+FIGURES = ("kl", "reward", "true_reward")
+COLOURS = ("#c1121f", "#e08e0b", "#2a9d5c", "#2563a8", "#7b2d8b", "#111111")  # of each kl_coef
+PROMPTS, SAMPLES = 192, 64  # held-out prompts; responses to each, for best of n
 
 
-def made_otherwise(stage, config, data):
-    """Whether the folder has a stage of other settings; what matters of it is in frontier.jsonl."""
-    try:
-        rlhf.find_checkpoint(stage, config, data)
-        return False
-    except ValueError:
-        return True
+@functools.cache
+def open_run(folder, given):
+    """A finished run's models, data and settings; given: (name, value) pairs override those."""
+    lm, reward_model, policy, config, encoding = look.load_run(folder, dict(given))
+    data = dataset.load(config.data_dir, config.block_size, config.max_new_tokens, encoding)
+    true_reward = rlhf.true_reward_of(data)
+    if not true_reward:
+        raise ValueError(f"{config.data_dir}: the true reward is known for the shipped data alone")
+    return SimpleNamespace(config=config, data=data, lm=lm.requires_grad_(False), policy=policy,
+                           score=lambda sampled: rlhf.reward_scores(reward_model, sampled),
+                           true_reward=lambda sampled: true_reward(*sampled.lists()))
 
 
-def moments(name, rewards):
-    """The language model's mean and standard deviation, by which gains are measured."""
-    return {f"{name}_lm": float(rewards.mean()), f"{name}_std_lm": float(rewards.std())}
+def row_of(measure, job):
+    """The row of measure(run, *arguments) in the run's studies.jsonl, where a new one is added.
 
-
-def best_of_n(config, data, samples=SAMPLES, prompts=PROMPTS):
-    """Both rewards of the response that the reward model likes best of n, n = 1, 2, 4, …"""
-    lm, reward_model, _, config, _ = rlhf.load_models(config)
-    true_reward, eos = rlhf.true_reward_fn(data), lm.config.eos_token
-    scores = {name: [] for name in COLOURS}
-    for i, prompt in enumerate(data.held_out.prompts[:prompts]):
-        r = rlhf.rollout(lm, [prompt] * samples, config.max_new_tokens, eos, config.temperature,
-                         rlhf.seeded(config.seed, "best of n", i))
-        scores["reward"].append(rlhf.reward_scores(reward_model, r))
-        scores["true_reward"].append(true_reward(r))
-    scores = {name: torch.stack(x).double().cpu() for name, x in scores.items()}
-    n = [2**k for k in range(samples.bit_length())]
-    record = {"n": n, "kl": [math.log(k) - (k - 1) / k for k in n]}
-    for name in COLOURS:
-        record[name] = [expected_best(scores["reward"], scores[name], k) for k in n]
-        record |= moments(name, scores[name])
-    return record
-
-
-def expected_best(scores, values, n):
-    """E[value of the best-scored of n], averaged over rows; scores, values: (prompts, N), n <= N.
-
-    Over all subsets of n of the N samples, not one: the i-th lowest score (from 0) is the highest
-    of C(i, n−1) of the C(N, n) subsets. (Gao et al. 2022 estimate it in the same way.)
+    job: (folder, given, *arguments), the first two for `open_run`
     """
-    N = scores.shape[1]
-    weights = values.new_tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)])
-    return float((values.gather(1, scores.argsort(1)) @ weights).mean())
+    torch.set_num_threads(1)  # two processes with a thread each are faster than one with two
+    folder, given, *arguments = job
+    run, path = open_run(folder, given), Path(folder) / "studies.jsonl"
+    key = {"job": [measure.__name__, *arguments],
+           **rlhf.stage_settings("ppo", run.config, run.data)}
+    for row in dataset.read_records(path) if path.exists() else []:
+        if row["key"] == key:
+            return row
+    start = time.perf_counter()
+    row = {"key": key, **measure(run, *arguments)}
+    row["seconds"] = time.perf_counter() - start
+    dataset.write_records(path, [row], "a")
+    print(folder, *key["job"], f"{row['seconds']:.0f} s", sep="  ", flush=True)
+    return row
 
 
-def study(configs, out, **sizes):
-    """The records of PPO under each config and of best-of-n for each seed; see the top."""
-    path, first = Path(out) / "frontier.jsonl", configs[0]
-    data = dataset.load(first.data_dir, first.block_size, first.max_new_tokens)
-    done = {r["settings"]: r for r in (dataset.read_records(path) if path.exists() else [])}
-    jobs = [("ppo", c) for c in configs]
-    jobs += [("best_of_n", c) for c in {c.seed: c for c in configs}.values()]
-    records = []
-    for i, (method, config) in enumerate(jobs, 1):
-        stage = {"ppo": "ppo", "best_of_n": "reward_model"}[method]
-        settings = repr((method, rlhf.stage_settings(config, data, stage), sizes))
-        settings = hashlib.sha256(settings.encode()).hexdigest()[:16]
-        if settings not in done:
-            at, start = f", kl_coef {config.kl_coef:g}" * (method == "ppo"), time.perf_counter()
-            print(f"{i}/{len(jobs)} {method}, seed {config.seed}{at}", end=": ", flush=True)
-            reuse_stages(Path(out), Path(config.out_dir))
-            figures = ppo(config, data) if method == "ppo" else best_of_n(config, data, **sizes)
-            done[settings] = {"method": method, "seed": config.seed, "settings": settings} | figures
-            dataset.append_record(path, done[settings])
-            print(f"{time.perf_counter() - start:.0f} s", flush=True)
-        records.append(done[settings])
-    return records
+def rows_of(measure, jobs, processes):
+    """The rows of the jobs, several at once."""
+    if processes == 1:
+        return [row_of(measure, job) for job in jobs]
+    spawn, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    with spawn.Pool(processes, signal.signal, ignore) as pool:  # Ctrl-C: this process ends them
+        return pool.map(functools.partial(row_of, measure), jobs, chunksize=1)
 
 
-def reuse_stages(source, target):
-    """Start a seed's folder with the models of a run in `source`; those of other settings are
-    noticed and made anew."""
-    if not target.exists():
-        target.mkdir(parents=True)
-        for name in ("lm.pt", "reward.pt", "log.jsonl"):
-            if (source / name).exists():
-                shutil.copy(source / name, target / name)
+def figures(run, e):
+    """{KL, learned reward, true reward: mean} of a batch of experience."""
+    kl, _ = rlhf.kl_estimates(e.log_probs, e.ref_log_probs, e.mask)
+    means = [float(x.mean()) for x in (kl, e.scores, run.true_reward(e))]
+    return dict(zip(FIGURES, means))
 
 
-def gain(record, name, value):
-    """A reward, or a list of them, in standard deviations above the language model's mean."""
-    return (torch.as_tensor(value) - record[f"{name}_lm"]) / record[f"{name}_std_lm"]
+def held_out(run, policy, config):
+    """`figures` of a policy on held-out prompts, the same prompts and draws for every policy."""
+    config = replace(config, missing_eos_score=None)
+    generator = rlhf.seeded(config.seed, "held out", 0)
+    prompts = run.data.held_out.prompts[:PROMPTS]
+    return figures(run, rlhf.collect(policy, run.lm, run.score, prompts, config, generator))
 
 
-def draw(records, out):
-    """Write frontier.png if matplotlib is installed; returns what to say of it."""
+def ppo(run, kl_coef):
+    """Train a policy by PPO at this price of KL: its figures, and its path in training."""
+    config = replace(run.config, kl_coef=kl_coef, kl_target=None)
+    policy, truth, path, train = ActorCritic(run.lm), [], [], run.data.train
+
+    def reward_fn(sampled):
+        truth.append(float(run.true_reward(sampled).mean()))
+        return run.score(sampled)
+
+    for step in rlhf.train_ppo(policy, run.lm, reward_fn, train.prompts, config,
+                               documents=train.documents):
+        path.append((step["kl"], step["reward"], truth[-1]))
+    return held_out(run, policy, config) | {"path": path}
+
+
+def best_of_n(run):
+    """{"n": [1, 2, 4, …], and for each n both rewards of the best-scored of n responses, and KL}."""
+    samples = []
+    for i, prompt in enumerate(run.data.held_out.prompts[:PROMPTS]):
+        r = rlhf.rollout(run.lm, [prompt] * SAMPLES, run.config.max_new_tokens, run.data.eos_token,
+                         run.config.temperature, rlhf.seeded(run.config.seed, "best of n", i))
+        samples.append(torch.stack([run.score(r).cpu(), run.true_reward(r)], dim=1))
+    samples, row = torch.cat(samples), {"n": [], **{name: [] for name in FIGURES}}
+    for n in (2**k for k in range(SAMPLES.bit_length())):
+        # The best-scored of each n neighbours, all of them responses to one prompt.
+        groups = samples.view(-1, n, 2)                                    # (groups, n, 2)
+        best = groups[torch.arange(len(groups)), groups[:, :, 0].argmax(1)].mean(0).tolist()
+        for name, value in zip(row, (n, math.log(n) - (n - 1) / n, *best)):
+            row[name].append(value)
+    return row
+
+
+def study(runs, given, kl_coefs, processes):
+    """{name: figures (runs, 3)} of best of n and PPO, {kl_coef: rows of PPO}."""
+    best = rows_of(best_of_n, [(run, given) for run in runs], processes)
+    rows = rows_of(ppo, [(run, given, k) for k in kl_coefs for run in runs], processes)
+    rows = {k: rows[i * len(runs):][:len(runs)] for i, k in enumerate(kl_coefs)}
+    lines = {f"best of {n}": [[row[x][i] for x in FIGURES] for row in best]
+             for i, n in enumerate(best[0]["n"])}
+    for k, group in rows.items():
+        lines[f"PPO, β = {k:g}"] = [[row[x] for x in FIGURES] for row in group]
+    return {name: torch.tensor(line) for name, line in lines.items()}, rows
+
+
+def show_table(lines):
+    """Print mean ± standard error over the runs."""
+    print(f"\n{'':16}{'KL':>14}{'learned':>14}{'true':>14}   mean ± standard error over the runs")
+    for name, x in lines.items():
+        error = x.std(0) / len(x)**0.5  # nan for a single run
+        print(f"{name:16}", *(f"{m:7.2f} ±{s:4.2f}" for m, s in zip(x.mean(0), error)))
+
+
+def canvas(rows, columns, size):
+    """(figure, axes) of matplotlib; one clear line if it is missing."""
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return "no frontier.png: matplotlib is not installed"
-    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    best = [r for r in records if r["method"] == "best_of_n"]
-    coefs = sorted({r["kl_coef"] for r in records if r["method"] == "ppo"})
-    for i, (name, colour) in enumerate(COLOURS.items()):
-        kind = {"reward": "learned", "true_reward": "true"}[name]
-        for j, kl_coef in enumerate(coefs):
-            runs = [r for r in records if r.get("kl_coef") == kl_coef]
-            points = torch.tensor([[max(r["kl"], 0)**0.5, gain(r, name, r[name])] for r in runs])
-            x, y = points.mean(0).tolist()
-            axis.scatter(*points.T, s=10, color=colour, alpha=0.4)
-            axis.plot(x, y, "o", color=colour,
-                      label=f"{kind} reward, PPO at the end, by kl_coef" if j == 0 else None)
-            axis.annotate(f"{kl_coef:g}", (x, y), (0, -14 if i else 7), ha="center", fontsize=8,
-                          textcoords="offset points", color=colour)
-            for k, r in enumerate(runs if j == 0 else ()):  # how those without a penalty got there
-                path = torch.tensor(r["path"]).unfold(0, min(5, len(r["path"])), 1).mean(2)
-                axis.plot(path[:, 0].clamp_min(0).sqrt(), gain(r, name, path[:, i + 1]), lw=1,
-                          color=colour, alpha=0.6, label=None if k else
-                          f"{kind} reward, PPO's iterations at kl_coef {kl_coef:g}")
-        curve = torch.stack([gain(r, name, r[name]) for r in best]).mean(0)
-        axis.plot(torch.tensor(best[0]["kl"]).sqrt(), curve, "s--", ms=4, color=colour,
-                  label=f"{kind} reward, best of n = 1, 2, 4 … {best[0]['n'][-1]}")
-    axis.axhline(0, color="0.5", lw=0.8)
-    axis.set_xlabel("√KL to the language model (KL in nats a response)")
-    axis.set_ylabel("gain over the language model, standard deviations")
-    axis.set_title(f"Learned and true reward against the distance moved ({len(best)} seeds)")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.savefig(Path(out) / "frontier.png", dpi=110, facecolor="white")
-    plt.close(figure)
-    return f"written: {Path(out) / 'frontier.png'}"
+        from matplotlib.figure import Figure
+    except Exception as error:  # not installed, or its own settings are broken
+        raise ValueError(f"no picture: matplotlib: {error}") from None
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def main(argv=None):
-    """Entry of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--kl_coefs", type=float, nargs="+", default=KL_COEFS)
-    parser.add_argument("--out_dir", default="out", help="models of a run there are used")
-    parser.add_argument("--draw", action="store_true", help="only draw what frontier.jsonl holds")
-    words = parser.parse_args(argv)
-    out = Path(words.out_dir)
-    try:
-        if words.draw:
-            records = dataset.read_records(out / "frontier.jsonl")
-        else:
-            folder = str(out / "frontier" / "seed")
-            records = study([rlhf.Config(seed=seed, kl_coef=kl_coef, out_dir=f"{folder}{seed}",
-                                         eval_prompts=256)
-                             for seed in words.seeds for kl_coef in words.kl_coefs], out)
-        print(draw(records, out))
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from here")
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"frontier.py: {error}", file=sys.stderr)
-        sys.exit(2)
+def draw(lines, rows, path):
+    """A panel per reward. Squares: best of n. Dots: PPO at its end; thin lines: on its way."""
+    figure, (axes,) = canvas(1, 2, (10, 4.8))
+    best = torch.stack([x.mean(0) for name, x in lines.items() if name.startswith("best")])
+    for i, (axis, title) in enumerate(zip(axes, ("learned reward", "true reward")), 1):
+        axis.plot(best[:, 0].sqrt(), best[:, i], "s--", color="0.4", label="best of n")
+        for colour, (kl_coef, group) in zip(COLOURS, rows.items()):
+            for row in group:
+                way = torch.tensor(row["path"]).T                          # (3, iterations)
+                way = way.unfold(1, min(5, way.shape[1]), 1).mean(2)  # smoothed
+                axis.plot(way[0].clamp_min(0).sqrt(), way[i], color=colour, lw=1, alpha=0.5)
+                axis.plot(max(row["kl"], 0)**0.5, row[FIGURES[i]], "o", color=colour, ms=8,
+                          label=f"PPO, β = {kl_coef:g}" if row is group[0] else None)
+        axis.set(title=title, xlabel="√KL to the language model, KL in nats per response")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    """`python -m data.frontier`: measure what is missing, print a table, draw."""
+    parser = argparse.ArgumentParser("python -m data.frontier", allow_abbrev=False,
+                                     description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", nargs="+", help="folders of finished runs (out_dir alone)")
+    parser.add_argument("--kl_coefs", type=float, nargs="+", default=[0.0, 0.05, 0.15, 0.5])
+    parser.add_argument("--processes", type=int, default=2, help="that work at once (2)")
+    given = show.parse(parser, rlhf.Config)
+    runs, kl_coefs, processes = (given.pop(name) for name in ("runs", "kl_coefs", "processes"))
+    runs = runs or [given.get("out_dir", "out")]
+    lines, rows = study(runs, tuple(given.items()), kl_coefs, processes)
+    show_table(lines)
+    draw(lines, rows, f"{runs[0]}/frontier.png")
+    print(f"written: {runs[0]}/frontier.png, and studies.jsonl in the folder of each run")
 
 
 if __name__ == "__main__":
-    main()
+    show.program("data.frontier", main)

@@ -13,6 +13,16 @@ import rlhf
 from data import dataset, show
 
 
+def load_run(out_dir, given):
+    """(lm, reward_model, policy, config, encoding) of a finished run; `given` settings override."""
+    rlhf.Config(**given)  # refuses what is out of range
+    device = rlhf.pick_device(given.get("device", "auto"))
+    (lm, *_), (reward_model, *_), (policy, config, encoding) = (
+        rlhf.load(f"{out_dir}/{name}", device) for name in rlhf.FILES.values())
+    config = replace(config, **given | {"out_dir": str(out_dir)})
+    return lm, reward_model, policy, config, encoding
+
+
 def sample(models, prompt, n):
     """Print n continuations of a prompt by the language model and the policy, side by side."""
     lm, reward_model, policy, config, encoding = models
@@ -51,7 +61,7 @@ def explain(models, prompt):
     e = rlhf.collect(policy, lm, lambda r: rlhf.reward_scores(reward_model, r),
                      [[eos, *encoding.encode_ordinary(prompt)]], config,
                      rlhf.seeded(config.seed, "explain", 0))
-    optimizer = rlhf.make_optimizer(policy, eps=1e-5)
+    optimizer = rlhf.make_optimizer(policy)
     rlhf.ppo_update(policy, optimizer, e, replace(config, ptx_coef=0.0))
     log_probs, _ = rlhf.read_responses(policy, e, config)
 
@@ -107,15 +117,11 @@ def main():
     parser.add_argument("--n", type=int, default=3, help="continuations by each model (3)")
     given = show.parse(parser, rlhf.Config)
     command, prompt, n = given.pop("command"), given.pop("prompt"), given.pop("n")
-    asked = rlhf.Config(**given)
-    device = rlhf.pick_device(asked.device)
-    (lm, *_), (reward_model, *_), (policy, config, encoding) = (
-        rlhf.load(f"{asked.out_dir}/{name}", device) for name in rlhf.FILES.values())
-    config = replace(config, **given)
+    models = load_run(given.get("out_dir", "out"), given)
+    config = models[3]
     if prompt is None:
-        samples = dataset.read_records(f"{asked.out_dir}/samples.jsonl")
+        samples = dataset.read_records(f"{config.out_dir}/samples.jsonl")
         prompt = samples[config.seed % len(samples)]["prompt"]
-    models = lm, reward_model, policy, config, encoding
     sample(models, prompt, n) if command == "sample" else explain(models, prompt)
 
 
