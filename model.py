@@ -42,15 +42,14 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, positions=None):
         B, S, C = x.shape
-        qkv, seen = self.c_attn(x), None                                   # (B, S, 3C)
+        qkv, seen = self.c_attn(x), None                                   # qkv (B, S, 3C)
         if cache is None:
             # A CPU rounds a partial last block of 16 positions differently. In full blocks a row
             # reads the same, whatever it is batched with: PPO's ratio starts at exactly 1.
             qkv = F.pad(qkv, (0, 0, 0, -S % 16))                           # (B, S', 3C)
         q, k, v = qkv.split(C, dim=2)
         if cache is not None:
-            # Each row writes at its own positions and sees no key behind them: what stands there
-            # comes from padding.
+            # Each row writes at its own positions and sees no key behind them, which is padding.
             rows = torch.arange(B, device=x.device)[:, None]
             cache[rows, positions] = torch.cat([k, v], dim=2).to(cache)
             k, v = cache.to(q).split(C, dim=2)                             # 2 × (B, K, C)
@@ -58,8 +57,7 @@ class Attention(nn.Module):
             seen = (keys <= positions[..., None])[:, None]                 # (B, 1, S, K)
         q, k, v = (z.unflatten(2, (self.n_head, -1)).transpose(1, 2) for z in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=cache is None)
-        y = y.transpose(1, 2)[:, :S].flatten(2)                            # (B, S, C)
-        return self.c_proj(y)
+        return self.c_proj(y.transpose(1, 2)[:, :S].flatten(2))            # (B, S, C)
 
 
 class MLP(nn.Module):

@@ -1073,9 +1073,8 @@ def run(config, fresh=None):
     stage("ppo", policy, ppo_stage)
 
     # 4. Evaluation on held-out prompts, comparisons and documents.
-    start = time.perf_counter()
-    record, samples = evaluate(policy, lm, partial(reward_scores, reward_model), held.prompts,
-                               config, judge)
+    start, score = time.perf_counter(), partial(reward_scores, reward_model)
+    record, samples = evaluate(policy, lm, score, held.prompts, config, judge)
     record["language_model_loss"] = corpus_loss(lm, held.documents)
     record["reward_model_accuracy"] = reward_model_accuracy(reward_model, held.comparisons)
     if judge:  # labels are noisy: the true reward itself does not predict all of them
@@ -1086,7 +1085,6 @@ def run(config, fresh=None):
     record["seconds"] = sum(seconds.values())
     log.append({"stage": "evaluation", "step": 1, **record})
     dataset.write_records(out / "log.jsonl", log)
-    # What a person sees: the samples as text, and the figures.
     samples = [sample | {key: data.text(sample[key]) for key in ("prompt", "lm", "ppo")}
                for sample in samples]
     dataset.write_records(out / "samples.jsonl", samples)

@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 
 import rlhf
-from data import dataset, label, look, show
+from data import dataset, frontier, label, ladder, look, show
 from data.reviews import annotator
 from model import GPT, ActorCritic, GPTConfig, RewardModel
 from rlhf import (Config, Rollout, adapt_kl_coef, collect, entropy, gae, gather_log_probs,
@@ -2420,6 +2420,146 @@ def test_make_reviews_regenerates_every_file_byte_for_byte(remade):
     assert process.wait() == 0
     for name in ("corpus.txt", "preferences.jsonl"):
         assert (folder / name).read_bytes() == (dataset.SHIPPED / name).read_bytes(), name
+
+# ======== The studies: the ladder and the frontier ===============================================
+
+def listed_experience(w, rows, lam=1.0):
+    """The listed world's trajectories `rows` as a batch, with its exact values."""
+    rewards, values, mask = w.rewards[rows], w.values[rows], w.mask[rows]
+    advantages = rlhf.gae(rewards, values, mask, lam=lam)
+    prompts = [list(w.world.states[i]) for i in w.world.state_of[rows, 0]]
+    tokens, _ = rlhf.pad([x + y for x, y in zip(prompts, w.world.actions[rows].tolist())], "cpu")
+    return rlhf.Experience(
+        tokens=tokens, prompt_lengths=w.world.prompt_lengths[rows], mask=mask, values=values,
+        actions=w.world.actions[rows], log_probs=w.log_probs[rows], rewards=rewards,
+        ref_log_probs=w.log_probs[rows], scores=rewards.sum(1), advantages=advantages,
+        returns=advantages + values, rollout_seconds=0.0)
+
+def rung_gradient(w, rung, rows, lam=1.0, micro_batch_size=3):
+    """What the ladder's loop takes as the gradient of J on the trajectories `rows`, (D,)."""
+    policy = ActorCritic(w.gpt)
+    config = rlhf.Config(temperature=1.0, value_coef=0.0, micro_batch_size=micro_batch_size)
+    ladder.add_gradient(rung, policy, listed_experience(w, rows, lam), config)
+    return -torch.cat([p.grad.flatten() for p in policy.gpt.parameters()])
+
+@SEEDS
+@pytest.mark.parametrize("rung, lam", [("REINFORCE", 1.0), ("rewards-to-go", 1.0),
+                                       ("baseline", 1.0), ("GAE", 0.95)])
+def test_each_rung_of_the_ladder_estimates_the_gradient_of_J_without_bias(seed, rung, lam):
+    """Σ_τ p(τ) ĝ(τ) = ∇J, with ĝ(τ) from the ladder's own loss; V is exact here."""
+    w = listed(seed)
+    estimates = [rung_gradient(w, rung, slice(n, n + 1), lam) for n in range(len(w.p))]
+    close(moments(w.p, torch.stack(estimates))[0], w.grad_J)
+
+@pytest.mark.parametrize("rung", ["REINFORCE", "GAE", "RLOO", "GRPO"])
+def test_a_batch_of_a_rung_is_the_mean_of_its_trajectories_in_any_micro_batches(rung):
+    w, rows = listed(0), torch.tensor([0, 5, 9, 30, 41, 50, 66, 79])
+    weights = ladder.step_weights(rung, listed_experience(w, rows))
+    whole = torch.zeros_like(w.rewards)
+    whole[rows] = weights
+    expected = policy_gradients(w, whole)[rows].mean(0)
+    for size in (1, 3, 8):
+        close(rung_gradient(w, rung, rows, micro_batch_size=size), expected)
+
+def group_expectation(w, divide):
+    """E of the gradient estimate from two independent responses to each prompt, by listing all."""
+    total, n = w.rewards.sum(1), len(w.p)
+    prompt = w.world.state_of[:, 0]
+    i, j = torch.cartesian_prod(torch.arange(n), torch.arange(n)).T
+    i, j = i[prompt[i] == prompt[j]], j[prompt[i] == prompt[j]]
+    pairs = torch.stack([total[i], total[j]], dim=1).flatten()
+    weights = ladder.group_weights(pairs, 2, divide).view(-1, 2)           # (pairs, 2)
+    p = w.p[i] * w.p[j] * len(w.world.prompts)  # p(x) p(y|x) p(y'|x)
+    slopes = w.grad_log_pi.sum(1)                                          # (N, D) ∇log p(τ)
+    both = weights[:, :1] * slopes[i] + weights[:, 1:] * slopes[j]
+    return p @ both / 2
+
+@SEEDS
+def test_the_mean_of_the_other_responses_is_a_baseline_without_bias(seed):
+    """RLOO: over all pairs of responses to a prompt, the expectation is ∇J, exactly."""
+    w = listed(seed)
+    close(group_expectation(w, divide=False), w.grad_J)
+
+@SEEDS
+def test_division_by_the_std_of_the_group_turns_the_gradient(seed):
+    """GRPO is biased, and not by a factor: its expectation has another direction than ∇J."""
+    w = listed(seed)
+    biased = group_expectation(w, divide=True)
+    cosine = torch.cosine_similarity(biased, w.grad_J, dim=0)
+    print(f"\ncosine of GRPO's expected gradient with ∇J, world {seed}: {cosine:.3f}")
+    assert cosine < 0.995
+
+def test_group_weights_by_hand():
+    """Returns 1, 2, 6 of one prompt: the others' means are 4, 3.5, 1.5. A tie weighs nothing."""
+    returns = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0], dtype=torch.float64)
+    close(ladder.group_weights(returns, 3), [-3.0, -1.5, 4.5, 0.0, 0.0, 0.0])
+    divided = ladder.group_weights(returns, 3, divide=True)
+    std = (14 / 3)**0.5
+    close(divided[:3], [-2 / std, -1 / std, 3 / std], atol=1e-3)
+    close(divided[3:], [0.0, 0.0, 0.0])
+
+def test_rloo_does_not_feel_a_constant_added_to_every_score_and_reinforce_does():
+    w, rows = listed(0), torch.tensor([0, 5, 9, 30])
+    e = listed_experience(w, rows)
+    shifted = dataclasses.replace(e, rewards=e.rewards.clone())
+    shifted.rewards[torch.arange(4), e.mask.sum(1) - 1] += 5
+    for rung, moved in (("RLOO", 0.0), ("GRPO", 0.0), ("REINFORCE", 5.0)):
+        change = ladder.step_weights(rung, shifted) - ladder.step_weights(rung, e)
+        close(change, torch.full_like(change, moved))
+
+def test_the_critic_of_a_rung_learns_from_half_the_squared_error_per_trajectory():
+    policy, w, rows = tiny_policy(0), listed(0), torch.tensor([0, 9, 41])
+    e = dataclasses.replace(listed_experience(w, rows, lam=0.95),
+                            advantages=torch.zeros(3, w.rewards.shape[1]).double())
+    ladder.add_gradient("GAE", policy, e, rlhf.Config(temperature=1.0, value_coef=0.5,
+                                                      micro_batch_size=2))
+    _, values, _ = rlhf.forward_responses(policy, e, 1.0)
+    loss = 0.5 * (0.5 * (values - e.returns)**2 * e.mask).sum() / 3
+    close(policy.value_head.weight.grad.flatten(),
+          torch.autograd.grad(loss, policy.value_head.weight)[0].flatten())
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """The folder of a run of a few seconds on a hundred lines of the shipped data."""
+    out, few = tmp_path_factory.mktemp("studies"), tmp_path_factory.mktemp("reviews").resolve()
+    for name in ("corpus.txt", "preferences.jsonl"):
+        lines = (dataset.SHIPPED / name).read_text("utf-8").splitlines(keepends=True)[:100]
+        (few / name).write_text("".join(lines), "utf-8")
+    config = Config(out_dir=str(out), data_dir=str(few), n_layer=1, n_head=1, n_embd=8, lm_epochs=0,
+                    rm_epochs=0, max_new_tokens=8, ppo_iterations=2, ppo_batch_size=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "SHIPPED", few)
+        patch.setattr(show, "curves", lambda out: "")
+        rlhf.run(config)
+        yield str(out)
+
+def test_a_tiny_ladder_runs_and_measures_nothing_twice(tiny_run, monkeypatch, capsys):
+    """Each job is a row of studies.jsonl; the same study again reads them all."""
+    monkeypatch.setattr(ladder, "SETTINGS", ((8, 0.0), (32, 5.0)))
+    monkeypatch.setattr(ladder, "RATES", (1e-4,))
+    results = ladder.study((tiny_run, ()), [0, 1], 250, processes=1)
+    rows = dataset.read_records(f"{tiny_run}/studies.jsonl")
+    assert len(rows) == 2 * 7 + 2 * 2 * 7 + 2 and all(row["seconds"] > 0 for row in rows)
+    assert ladder.study((tiny_run, ()), [0, 1], 250, processes=1) == results
+    assert dataset.read_records(f"{tiny_run}/studies.jsonl") == rows
+    capsys.readouterr()
+    ladder.show_tables(*results)
+    assert capsys.readouterr().out.count("RLOO") == 3
+    pytest.importorskip("matplotlib")
+    ladder.draw(results[0], 250, f"{tiny_run}/ladder.png")
+
+def test_a_tiny_frontier_runs_and_measures_nothing_twice(tiny_run, monkeypatch):
+    """Best of 1 costs no KL, and the learned reward of the best of n grows with n."""
+    monkeypatch.setattr(frontier, "PROMPTS", 4)
+    lines, rows = frontier.study([tiny_run], (), [0.0, 0.5], processes=1)
+    written = dataset.read_records(f"{tiny_run}/studies.jsonl")
+    again, _ = frontier.study([tiny_run], (), [0.0, 0.5], processes=1)
+    assert all(torch.equal(lines[name], again[name]) for name in lines)
+    assert dataset.read_records(f"{tiny_run}/studies.jsonl") == written
+    best = torch.cat([x for name, x in lines.items() if name.startswith("best")])
+    assert best[0, 0] == 0 and best[:, 1].tolist() == sorted(best[:, 1].tolist())
+    pytest.importorskip("matplotlib")
+    frontier.draw(lines, rows, f"{tiny_run}/frontier.png")
 
 # ======== The README =============================================================================
 
