@@ -1,6 +1,7 @@
 """Makes the shipped reviews and preferences: corpus.txt and preferences.jsonl, byte for byte.
 
     python -m data.reviews.make_reviews [--seed 0] [--out DIR]
+    python -m data.reviews.make_reviews --check out     # a run's reward model, flaw by flaw
 
 A review is about one film of `grammar.txt` and follows a plan: a first step takes up a topic, a
 second step says more about it or goes on to another, a last step draws the conclusion. A ranking
@@ -500,13 +501,31 @@ def make(seed, out):
     print("flaws        " + ", ".join(f"{kind} {count}" for kind, count in flaws.most_common()))
 
 
+def check(run, n=3000):
+    """Prints, for each flaw, how often a run's reward model prefers the text without it.
+
+    The pairs are fresh, and differ by that flaw alone and by more than 0.5 in true reward.
+    """
+    import rlhf  # not needed to make the data
+    reward_model, _, encoding = rlhf.load(f"{run}/reward.pt")
+    eos, pairs = encoding.eot_token, collections.defaultdict(list)
+    for kind, prompt, sound, bad in minimal_pairs(random.Random("check"), n):
+        if true_reward(prompt, sound) - true_reward(prompt, bad) > 0.5:
+            x, *ys = (encoding.encode_ordinary(text) for text in (prompt, sound, bad))
+            pairs[kind].append(([eos, *x], [[*y, eos] for y in ys]))
+    for kind, comparisons in sorted(pairs.items()):
+        right = rlhf.reward_model_accuracy(reward_model, comparisons)
+        print(f"{kind:16} {right:.2f} of {len(comparisons)}")
+
+
 def main():
-    """Reads the two flags and makes the files."""
+    """Reads the flags and makes the files, or checks a run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=HERE, help="folder to write to")
+    parser.add_argument("--check", metavar="RUN", help="folder of a run: its reward model by flaw")
     args = parser.parse_args()
-    make(args.seed, args.out)
+    check(args.check) if args.check else make(args.seed, args.out)
 
 
 if __name__ == "__main__":
