@@ -2365,8 +2365,8 @@ def test_a_setting_out_of_its_range_or_of_another_kind_is_refused_by_name():
 def test_help_lists_every_setting_by_stage(shell):
     status, text, _ = shell(rlhf, "--help")
     words = " ".join(text.split())
-    assert status == 0 and "--data_dir X, --data X" in words and "--fresh" in words
-    at = [words.index(f"--{f.name} X") for f in dataclasses.fields(Config)]
+    assert status == 0 and "--data X" in words and "--fresh" in words
+    at = [re.search(rf"--{f.name}[ ,]", words).start() for f in dataclasses.fields(Config)]
     assert at == sorted(at) and all(f.metadata["help"] in words for f in dataclasses.fields(Config))
 
 # Each in a process of its own, as from a shell; the program is found through PYTHONPATH.
