@@ -1,8 +1,7 @@
 """The derivation of RLHF, proven step by step: each test is named as the claim that it proves.
 
 The method is a world small enough to list. A GPT of a few hundred parameters in float64, four
-tokens, three steps: every trajectory τ can be written down with its probability p_θ(τ), and a
-gradient runs through it. So
+tokens, three steps: every trajectory τ can be written down with its probability p_θ(τ), so that
 
     J(θ) = Σ_τ p_θ(τ) R(τ)
 
@@ -10,10 +9,8 @@ is a formula that autograd differentiates, and each estimator of the derivation 
 and a variance that are computed, not sampled: "unbiased" means equal to 1e-10. The functions under
 test are the project's own. What they are compared with is written here, in the plainest way.
 
-    python -m pytest test_rlhf.py                        everything
     python -m pytest test_rlhf.py -s -k variance_falls   one claim, with the figures it prints
 """
-import ast
 import base64
 import builtins
 import copy
@@ -42,7 +39,7 @@ import torch.nn.functional as F
 import rlhf
 from data import dataset, frontier, label, ladder, look, show
 from data.reviews import annotator
-from model import GPT, ActorCritic, GPTConfig, RewardModel
+from model import CONV1D, GPT, ActorCritic, GPTConfig, RewardModel
 from rlhf import (Config, Rollout, adapt_kl_coef, collect, entropy, gae, gather_log_probs,
                   kl_estimates, kl_penalized_rewards, masked_mean, policy_gradient_loss,
                   ppo_policy_loss, ppo_update, ranking_loss, reward_model_loss, rewards_to_go,
@@ -54,12 +51,8 @@ SEEDS = pytest.mark.parametrize("seed", range(3))
 f64 = functools.partial(torch.tensor, dtype=torch.float64)
 
 # ======== A world small enough to list ===========================================================
-
 def close(actual, expected, atol=1e-10):
-    """Equal up to rounding; where `expected` is a tensor, in dtype and shape too.
-
-    A number or a list takes the dtype of `actual`: to check a dtype, pass a tensor.
-    """
+    """Equal up to rounding, in dtype and shape too where `expected` is a tensor."""
     if not torch.is_tensor(expected):
         expected = torch.as_tensor(expected, dtype=actual.dtype)
     torch.testing.assert_close(actual.detach(), expected.detach(), rtol=0, atol=atol)
@@ -119,10 +112,8 @@ def flat_grad(y, model):
 
 class World:
     """All responses of at most T tokens to a few prompts, each prompt as likely as the others.
-
     Trajectory n is states[state_of[n, 0]], actions[n, 0], states[state_of[n, 1]], …; a state is
-    the tuple of all tokens so far. It ends with the end token, or is cut after T tokens.
-    """
+    the tuple of all tokens so far. It ends with the end token, or is cut after T tokens."""
 
     def __init__(self, prompts, vocab, T):
         self.prompts, eos = prompts, vocab - 1
@@ -131,14 +122,9 @@ class World:
         rows = [(x, y) for x in prompts for y in responses]
         self.states = list(dict.fromkeys(x + y[:t] for x, y in rows for t in range(len(y))))
         index = {state: i for i, state in enumerate(self.states)}
-
-        def padded(sequences):
-            longest = max(map(len, sequences))
-            return torch.tensor([list(s) + [0] * (longest - len(s)) for s in sequences])
-
-        self.state_of = padded([[index[x + y[:t]] for t in range(len(y))] for x, y in rows])
-        self.actions = padded([y for x, y in rows])                                  # (N, T)
-        self.mask = padded([[1] * len(y) for x, y in rows]).bool()                   # (N, T)
+        self.state_of, _ = rlhf.pad([[index[x + y[:t]] for t in range(len(y))] for x, y in rows],
+                                    "cpu")
+        self.actions, self.mask = rlhf.pad([y for x, y in rows], "cpu")              # (N, T)
         self.lengths = self.mask.sum(1)                                              # (N,)
         self.prompt_lengths = torch.tensor([len(x) for x, y in rows])
 
@@ -164,7 +150,6 @@ class World:
         return values
 
 RAGGED = [(3, 1), (3, 2, 0, 1)]  # two prompts of different length; each begins with the end token
-
 @functools.cache
 def listed(seed):
     """A world with a policy and random rewards r(s, a), and all that is exact about the two."""
@@ -184,9 +169,7 @@ def listed(seed):
 def gradients(w, loss):
     """What each trajectory estimates ∇J to be, (N, D): −∂loss/∂θ of a batch of it alone, which
     by the chain rule is −Σ_t ∂loss/∂log π(a_t|s_t) · ∇log π(a_t|s_t).
-
-    loss(log_probs (1, T), row): the project's loss of one trajectory; `row` is a slice.
-    """
+    loss(log_probs (1, T), row): the project's loss of one trajectory; `row` is a slice."""
     leaf = w.log_probs.clone().requires_grad_()
     total = sum(loss(leaf[n:n + 1], slice(n, n + 1)) for n in range(len(leaf)))
     by_log_prob, = torch.autograd.grad(total, leaf)                                  # (N, T)
@@ -205,20 +188,15 @@ def sgd(model, lr):
     """Plain gradient descent: the step is −lr times the gradient, so it shows the gradient."""
     return torch.optim.SGD(model.parameters(), lr=lr)
 
-# ======== 1. Language model: π before feedback ===================================================
-
 def plain_gpt2(gpt, tokens):
     """Logits by the formulas of GPT-2, one head at a time, in operations that hide nothing."""
     w, c, S = gpt.state_dict(), gpt.config, tokens.shape[1]
-
     def norm(x, name):
         centred = x - x.mean(-1, keepdim=True)
         std = (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
         return centred / std * w[f"{name}.weight"] + w[f"{name}.bias"]
-
     def linear(x, name):
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
     future = torch.full((S, S), -math.inf, dtype=torch.float64).triu(1)
     x = w["wte.weight"][tokens] + w["wpe.weight"][:S]
     for i in range(c.n_layer):
@@ -242,9 +220,9 @@ def test_the_network_computes_what_gpt2_computes():
     with pytest.raises(ValueError, match="21 tokens do not fit the context of 20"):
         gpt(torch.zeros(1, 21, dtype=torch.long))
 
-def test_weights_start_as_in_gpt2():
-    """N(0, σ) with σ = 0.02 √(768 / C), and σ / √(2 n_layer) where a layer writes to the residual
-    stream; biases are 0. GPT-2's width is 768."""
+def test_weights_start_as_in_gpt2_and_the_reward_head_near_unit_variance():
+    """N(0, σ), σ = 0.02 √(768 / C), and σ / √(2 n_layer) where a layer writes to the residual
+    stream; biases are 0. The head: N(0, 1/(C+1)), so that scores start with std near 1."""
     gpt, again = [GPT(GPTConfig(300, 64, 3, 4, 64, 299), draws()) for _ in range(2)]
     assert same(gpt, again)
     for name, p in gpt.named_parameters():
@@ -253,8 +231,16 @@ def test_weights_start_as_in_gpt2():
         else:
             std = 0.02 * math.sqrt(768 / 64) / (math.sqrt(6) if "c_proj" in name else 1)
             assert p.std().item() == pytest.approx(std, rel=0.05) and abs(p.mean()) < std / 10, name
-    with pytest.raises(ValueError, match="n_embd 10 does not divide into n_head 4"):
-        GPT(GPTConfig(4, 8, 1, 4, 10, 3))
+    head = RewardModel(gpt, draws()).reward_head
+    close(head.weight, torch.empty(1, 64).normal_(generator=draws()) / math.sqrt(65), 1e-6)
+    assert head.bias == 0
+
+def check_gradient_step(train, model, data, config, expected):
+    """The loop's single step has this loss, and goes down its gradient by the learning rate 0.1."""
+    gradient, before = flat_grad(expected, model), parameters(model)
+    metrics, = train(model, data, config, sgd(model, 1.0))
+    assert metrics["loss"] == pytest.approx(expected.item(), abs=1e-10)
+    close(before - parameters(model), 0.1 * gradient)
 
 def test_language_model_loss_is_minus_the_mean_log_probability_of_the_next_token():
     """−E log π(x_{i+1} | x_1 … x_i) over all predicted tokens; training goes down its gradient."""
@@ -262,22 +248,14 @@ def test_language_model_loss_is_minus_the_mean_log_probability_of_the_next_token
     documents = [[3, 1, 3], [3, 0, 0, 2, 1, 3], [3, 3], [3, 2, 2, 3], [3, 1, 1, 1, 3]]
     terms = [-log_pi(gpt, d[:i])[d[i]] for d in documents for i in range(1, len(d))]
     expected = sum(terms) / len(terms)
-    loss = pytest.approx(expected.item(), abs=1e-10)
     for times in (1, 9):  # in batches of any size
-        assert rlhf.corpus_loss(gpt, documents * times) == loss
+        assert rlhf.corpus_loss(gpt, documents * times) == pytest.approx(expected.item(), abs=1e-10)
     config = Config(lm_epochs=1, lm_batch_size=5, lm_lr=0.1, max_grad_norm=1e9)
-    gradient, before = flat_grad(expected, gpt), parameters(gpt)
-    metrics, = train_language_model(gpt, documents, config, sgd(gpt, 1.0))
-    assert metrics["loss"] == loss
-    close(before - parameters(gpt), 0.1 * gradient)
+    check_gradient_step(train_language_model, gpt, documents, config, expected)
 
 # ======== 2. Reward model: preferences become a number ===========================================
-
 def test_reward_model_loss_is_minus_the_mean_log_sigmoid_of_the_margin():
-    """L = −E log σ(r_w − r_l) = E log(1 + e^{r_l − r_w}), by NumPy and by hand.
-
-    σ((r_w + c) − (r_l + c)) = σ(r_w − r_l): only differences of scores are ever learned.
-    """
+    """L = −E log σ(r_w − r_l) = E log(1 + e^{r_l − r_w}): only differences are ever learned."""
     a, b = normal(2, 50)
     close(reward_model_loss(a, b), np.log1p(np.exp((b - a).numpy())).mean())
     close(reward_model_loss(a + 7, b + 7), reward_model_loss(a, b))
@@ -297,24 +275,18 @@ def test_ranking_loss_is_equation_1_of_instructgpt():
         terms = [np.log1p(np.exp(r[j] - r[i])) for r in scores.numpy()
                  for i, j in itertools.combinations(range(K), 2)]
         close(ranking_loss(scores), sum(terms) / math.comb(K, 2) / 6)
-    pairs = normal(6, 2)
-    close(ranking_loss(pairs), reward_model_loss(pairs[:, 0], pairs[:, 1]))
 
 @pytest.mark.parametrize("K", [2, 3, 4])
 def test_the_minimiser_on_infinitely_many_labels_is_the_true_reward_up_to_a_constant(K):
     """argmin_r E L(r) = r* + c on Plackett–Luce rankings, and on their pairs: Bradley–Terry.
-
-    P(y_1 ≻ … ≻ y_K) = Π_k e^{r*_k} / Σ_{l >= k} e^{r*_l}: the best, then the best of the rest.
-    """
+    P(y_1 ≻ … ≻ y_K) = Π_k e^{r*_k} / Σ_{l >= k} e^{r*_l}: the best, then the best of the rest."""
     true = f64([0.5, -1.2, 2.0, 0.0])
-
     def expected_loss(others):
         r, total = torch.cat([f64([0.0]), others]), 0  # c: the first is 0
         for ranking in map(list, itertools.permutations(range(4), K)):
             p = math.prod(F.softmax(true[ranking[k:]], 0)[0] for k in range(K))
             total = total + p * ranking_loss(r[ranking][None])
         return total
-
     found = torch.zeros(3, dtype=torch.float64)
     for _ in range(10):  # Newton: the loss is strictly convex once c is fixed
         slope = torch.autograd.functional.jacobian(expected_loss, found)
@@ -335,10 +307,8 @@ def score_alone(model, row):
 
 def test_every_response_is_read_at_its_end_and_every_prompt_weighs_the_same():
     """−(1/B) Σ_x 1/C(K_x,2) Σ_pairs log σ(r_w − r_l): one batch may hold rankings of different K.
-
     Scores of one padded pass are those of each row alone; training goes down this gradient, and
-    accuracy is the share of pairs in the right order, a tie half, averaged in the same way.
-    """
+    accuracy is the share of pairs in the right order, a tie half, averaged in the same way."""
     model = tiny_reward_model()
     comparisons = [  # (prompt, responses, best first): K = 2, 3, 4 and 2, the last with a tie
         ([3, 1], [[2, 0, 3], [3]]), ([3], [[3], [1, 1, 1, 3], [0, 3]]),
@@ -351,27 +321,15 @@ def test_every_response_is_read_at_its_end_and_every_prompt_weighs_the_same():
     many = [0] * 40 + [1, 2, 3]  # more than one batch
     accuracy = rlhf.reward_model_accuracy(model, [comparisons[i] for i in many])
     assert accuracy == pytest.approx(np.mean([shares[i] for i in many]))
-    expected = sum(ranking_loss(scores[None]) for scores in alone) / 4
     config = Config(rm_epochs=1, rm_batch_size=4, rm_lr=0.1, max_grad_norm=1e9)
-    gradient, before = flat_grad(expected, model), parameters(model)
-    metrics, = train_reward_model(model, comparisons, config, sgd(model, 1.0))
-    assert metrics["loss"] == pytest.approx(expected.item(), abs=1e-10)
-    close(before - parameters(model), 0.1 * gradient)
-
-def test_the_reward_head_starts_with_standard_deviation_one_over_root_d_plus_one():
-    """w ~ N(0, 1/(d+1)), b = 0 (Stiennon et al. 2020): scores start with std near 1, not 0.02."""
-    for d in (2, 64):
-        head = RewardModel(GPT(GPTConfig(4, 8, 1, 1, d, 3)), draws()).reward_head
-        close(head.weight, torch.empty(1, d).normal_(generator=draws()) / math.sqrt(d + 1), 1e-6)
-        assert head.bias == 0
+    expected = sum(ranking_loss(scores[None]) for scores in alone) / 4
+    check_gradient_step(train_reward_model, model, comparisons, config, expected)
 
 @pytest.mark.parametrize("bias, weight, only_rounding", [(5.0, 1.0, False), (1e5, 1e-2, True)])
 def test_normalized_scores_have_mean_0_and_std_1_on_samples_of_the_reference(
         bias, weight, only_rounding, monkeypatch):
     """r ← (r − E r) / σ_r over samples of π_ref: PPO's constants assume that scale.
-
-    Near 1e5 floats lie 0.008 apart. Where σ_r is only such rounding, nothing is divided by it.
-    """
+    Near 1e5 floats lie 0.008 apart. Where σ_r is only such rounding, nothing is divided by it."""
     reference, model, seen = tiny_gpt(1).float(), tiny_reward_model(bias).float(), []
     model.reward_head.weight.data *= weight
     before, sample = copy.deepcopy(model), rlhf.rollout
@@ -380,40 +338,31 @@ def test_normalized_scores_have_mean_0_and_std_1_on_samples_of_the_reference(
     assert scaled is not only_rounding and same(model.gpt, before.gpt)
     old, new = [torch.cat([rlhf.reward_scores(m, r) for r in seen]) for m in (before, model)]
     assert len(new) >= 256 and old.std() > 1e-4
-    if only_rounding:
-        close(new, old - old.mean(), 0.02)
-        assert torch.equal(model.reward_head.weight, before.reward_head.weight)
-    else:
-        close(new, (old - old.mean()) / old.std(correction=0), 1e-5)
+    std = 1 if only_rounding else old.std(correction=0)
+    close(new, (old - old.mean()) / std, 0.02 if only_rounding else 1e-5)
+    assert torch.equal(model.reward_head.weight, before.reward_head.weight) is only_rounding
 
 @pytest.mark.parametrize("context", [16, 20])
 def test_a_cut_response_is_scored_at_an_end_token_behind_it(context):
     """r(x, y ⊕ end): the reward model was only ever read at end tokens; padding is not read.
-
-    Whatever fits the context is scored. In a row that fills it, the end token takes the place of
-    the last token.
-    """
+    In a row that fills the context, the end token takes the place of the last token."""
     model, long = tiny_reward_model(context=context), [3, 3] + [1] * 10
+    cut = [0, 1, 0, 2] if context > 16 else [0, 1, 0]
     cases = [([3, 1], [2, 0, 1], [3, 1, 2, 0, 1, 3]),  # cut: an end token is put behind it
              ([3, 0], [1, 3], [3, 0, 1, 3]),           # ended: read where it ended
              ([3, 3, 2, 1], [3], [3, 3, 2, 1, 3]),     # ended at once: one token
-             ([3, 2], [1], [3, 2, 1, 3]),
-             # cut at the end of the tensor; 3s in the prompt end nothing
-             (long, [0, 1, 0, 2], long + [0, 1, 0] + ([2] if context > 16 else []) + [3]),
+             (long, [0, 1, 0, 2], long + cut + [3]),   # cut at the end of the tensor
              (long, [0, 1, 0, 3], long + [0, 1, 0, 3])]
-    tokens, actions = torch.full((6, 16), 2), torch.full((6, 4), 3)  # with ends in the padding
-    mask = torch.zeros(6, 4, dtype=torch.bool)
+    tokens, actions = torch.full((5, 16), 2), torch.full((5, 4), 3)  # with ends in the padding
+    mask = torch.arange(4) < torch.tensor([len(y) for _, y, _ in cases])[:, None]
     for b, (x, y, _) in enumerate(cases):
-        tokens[b, :len(x + y)] = torch.tensor(x + y)
-        actions[b, :len(y)], mask[b, :len(y)] = torch.tensor(y), True
+        tokens[b, :len(x + y)], actions[b, :len(y)] = torch.tensor(x + y), torch.tensor(y)
     batch = Rollout(tokens=tokens.clone(), prompt_lengths=torch.tensor([len(x) for x, *_ in cases]),
-                    actions=actions, mask=mask, log_probs=torch.zeros(6, 4))
+                    actions=actions, mask=mask, log_probs=torch.zeros(5, 4))
     scores = rlhf.reward_scores(model, batch)
     close(scores, torch.stack([score_alone(model, read) for *_, read in cases]))
     assert not scores.requires_grad and torch.equal(batch.tokens, tokens)
-    assert rlhf.ends(batch, 3).tolist() == [False, True, True, False, False, True]
-
-# ======== 3. Trajectories ========================================================================
+    assert rlhf.ends(batch, 3).tolist() == [False, True, True, False, True]
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_rollout_samples_each_trajectory_with_its_probability(temperature):
@@ -422,29 +371,24 @@ def test_rollout_samples_each_trajectory_with_its_probability(temperature):
     close(w.p.sum(), f64(1.0))  # Σ_τ p_θ(τ) = 1: the list that all proofs rest on is complete
     r = rollout(w.gpt, [list(x) for x in RAGGED] * n, 3, 3, temperature, draws(4))
     log_probs = w.world.read(w.world.table(w.gpt, temperature)).detach()
-
     def names(x):  # (P, a_0, a_1, …) of each row: no two trajectories share it
         return [(P, *a[:T]) for P, a, T in zip(x.prompt_lengths.tolist(), x.actions.tolist(),
                                                x.mask.sum(1).tolist())]
-
     index = {name: i for i, name in enumerate(names(w.world))}
     which = torch.tensor([index[name] for name in names(r)])
     close(r.log_probs, log_probs[which])  # what it reports is what it sampled from
     expected = 2 * n * w.world.probability(log_probs)
-    counts, common = torch.bincount(which, minlength=80), expected >= 5
-    observed = torch.cat([counts[common], counts[~common].sum()[None]])  # the rare ones as one
-    expected = torch.cat([expected[common], expected[~common].sum()[None].clamp_min(1e-9)])
-    chi2, k = float(((observed - expected)**2 / expected).sum()), len(expected) - 2
-    assert k > 40 and chi2 < k + 4 * math.sqrt(2 * k)
+    difference = torch.bincount(which, minlength=80) - expected
+    chi2, k = (difference**2 / expected)[expected >= 5].sum(), (expected >= 5).sum()
+    assert k > 40 and chi2 < k + 4 * (2 * k)**0.5 and difference[expected < 5].sum().abs() < 20
 
 def test_sampling_takes_the_first_token_whose_cumulative_probability_exceeds_u():
     """a = min{a : Σ_{a' <= a} π(a') > u}: u = 0 never gives a token of probability 0."""
     log_p = f64([0.0, 0.25, 0.5, 0.25]).log().expand(6, 4)
     u = f64([0.0, 0.2, 0.25, 0.7, 0.75, 1 - 1e-12])
     assert rlhf.sample_tokens(log_p, u).tolist() == [1, 1, 2, 2, 3, 3]
-    short = f64([[0.2, 0.2]]).log()  # rounding: a sum other than 1
-    for u, token in ((0.6, 1), (1.0, 1), (0.4, 0)):
-        assert rlhf.sample_tokens(short, f64([u])) == token
+    short = f64([0.2, 0.2]).log().expand(3, 2)  # rounding: a sum other than 1
+    assert rlhf.sample_tokens(short, f64([0.6, 1.0, 0.4])).tolist() == [1, 1, 0]
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_cache_ragged_prompts_and_early_ends_change_no_log_prob(temperature):
@@ -454,8 +398,7 @@ def test_cache_ragged_prompts_and_early_ends_change_no_log_prob(temperature):
     r = rollout(gpt, prompts, 12, 6, temperature, draws())
     lengths = r.mask.sum(1).tolist()
     assert len(set(lengths)) > 6 and max(lengths) == 12 and min(lengths) < 3  # a real test
-    assert r.tokens.shape == (48, 8 + 12) and r.log_probs.dtype == torch.float64
-    assert r.prompt_lengths.tolist() == [len(x) for x in prompts]
+    assert r.tokens.shape == (48, 8 + 12) and r.prompt_lengths.tolist() == [*map(len, prompts)]
     for b, (prompt, n) in enumerate(zip(prompts, lengths)):
         actions = r.actions[b, :n].tolist()
         assert r.tokens[b].tolist() == prompt + actions + [0] * (20 - len(prompt) - n)
@@ -468,62 +411,30 @@ def test_cache_ragged_prompts_and_early_ends_change_no_log_prob(temperature):
 def test_rollout_is_a_function_of_its_generator_and_rows_do_not_affect_each_other():
     """τ_b depends on the seed and its own draws: what a neighbour does changes nothing."""
     gpt = tiny_gpt(2, vocab=7, width=8, context=24)
-
     def responses(prompts, seed):
         r = rollout(gpt, prompts, 6, 6, generator=draws(seed))
         close(r.log_probs[0, 0], log_pi(gpt, prompts[0])[r.actions[0, 0]])  # temperature 1
-        T = int(r.mask.sum(1).max())  # as long as the longest response, and no longer
-        assert r.actions.shape == r.mask.shape == r.log_probs.shape == (len(prompts), T)
-        assert r.tokens.shape[1] == max(map(len, prompts)) + T and not r.log_probs.requires_grad
-        return [tuple(a[m].tolist()) for a, m in zip(r.actions, r.mask)]
-
+        assert r.mask.shape[1] == r.mask.sum(1).max()  # as long as the longest response
+        return r.lists()[1]
     eight = responses([[6, 1]] * 8, 0)
     assert eight == responses([[6, 1]] * 8, 0) != responses([[6, 1]] * 8, 1)
-    assert eight[:7] == responses([[6, 1]] * 7 + [[6, 2, 3]], 0)[:7] and len(set(eight)) > 3
-    assert len({len(y) for seed in range(8) for y in responses([[6, 1]], seed)}) > 1
-
-def test_rollout_says_in_one_line_what_it_cannot_do():
-    """B >= 1, P >= 1 and P + T_max <= context: a longer row would have no position embedding."""
-    gpt = tiny_gpt(context=8)
-    assert rollout(gpt, [[3] * 5], 3, 3).tokens.shape[1] <= 8  # 5 + 3 just fits
-    for prompts, T, temperature, problem in (
-            ([], 2, 1.0, "no prompt"), ([[3], []], 2, 1.0, "begin e.* with the end token"),
-            ([[3], [3] * 6], 3, 1.0, "prompt 6 .* max_new_tokens 3 .* 8 tokens"),
-            ([[3]], 0, 1.0, "max_new_tokens 0"),
-            ([[3]], 4, 0.0, "expected more than 0"),    # a division by 0
-            ([[3]], 4, -1.0, "expected more than 0")):  # the order turned round
-        with pytest.raises(ValueError, match=problem):
-            rollout(gpt, prompts, T, 3, temperature)
-
-# ======== 4. Log-probabilities and rewards =======================================================
-
-def test_scores_that_would_broadcast_are_refused():
-    """The (B, 1) of a head would become rewards (B, B, T), and one number the score of all rows."""
-    x = torch.zeros(3, 4)
-    for shape in ((), (1,), (3, 1), (1, 3), (3, 4)):
-        with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}, expected \(3,\)"):
-            kl_penalized_rewards(torch.zeros(shape), x, x, torch.ones(3, 4), 0.1)
+    assert eight[:7] == responses([[6, 1]] * 7 + [[6, 2, 3]], 0)[:7] and len({*map(len, eight)}) > 1
 
 # ======== 5. Policy gradient, and what its variance falls by =====================================
-
 WEIGHTS = {  # the weights w_t of ∇log π(a_t|s_t) in the order of the lecture
     "REINFORCE": lambda w: w.rewards.sum(1, keepdim=True).expand_as(w.rewards),
     "rewards-to-go": lambda w: rewards_to_go(w.rewards, w.mask),
     "baseline": lambda w: rewards_to_go(w.rewards, w.mask) - w.values,
     "advantage": lambda w: gae(w.rewards, w.values, w.mask, lam=0.0)}
-
 @SEEDS
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_reinforce_rewards_to_go_baseline_and_advantage_are_unbiased(seed, name):
     """∇J = E[Σ_t ∇log π(a_t|s_t) w_t] for w_t = R(τ), R_t, R_t − V(s_t), and A(s_t, a_t).
-
-    ∇J = E[∇log p_θ(τ) R(τ)] is REINFORCE. What was earned before a_t, and whatever depends on s_t
-    alone, has expectation 0 against ∇log π(a_t|s_t), because Σ_a π ∇log π = ∇Σ_a π = ∇1 = 0.
-    """
+    What was earned before a_t, and whatever depends on s_t alone, has expectation 0 against
+    ∇log π(a_t|s_t), because Σ_a π ∇log π = ∇Σ_a π = ∇1 = 0."""
     w = listed(seed)
     mean, _ = moments(w.p, policy_gradients(w, WEIGHTS[name](w)))
     close(mean, w.grad_J)
-    assert w.grad_J.norm() > 0.1
 
 @SEEDS
 def test_variance_falls_from_reinforce_to_rewards_to_go_to_baseline_to_advantage(seed):
@@ -551,37 +462,28 @@ def test_a_baseline_that_depends_on_the_action_is_biased(seed):
 def test_policy_gradient_loss_is_a_sum_over_steps_and_a_mean_over_trajectories():
     """L = −(1/N) Σ_i Σ_t log π(a_t|s_t) w_t: dividing by tokens would favour short responses."""
     log_probs = f64([[-1.0, -2.0, -3.0], [-4.0, 9e9, 9e9]], requires_grad=True)
-    weights = f64([[1.0, 0.5, -1.0], [2.0, 9e9, -9e9]])
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    weights, mask = f64([[1.0, 0.5, -1.0], [2.0, 9e9, -9e9]]), f64([[1, 1, 1], [1, 0, 0]])
     loss = policy_gradient_loss(log_probs, weights, mask)
     close(loss, -(-1 - 1 + 3 - 8) / 2)
     loss.backward()
     close(log_probs.grad, -weights * mask / 2)
 
-# ======== 6. Generalised advantage estimation ====================================================
-
 def test_rewards_to_go_and_gae_worked_by_hand():
     """R_t = r_t + γ R_{t+1}: r = (1, 2, 8), γ = ½ gives R = (1 + ½ · 6, 2 + ½ · 8, 8).
-
     A_t = δ_t + γλ A_{t+1}: r = (0, 0, 1), V = (0.2, 0.4, 0.8), γ = 1, λ = ½ gives
-    δ = (0.4 − 0.2, 0.8 − 0.4, 1 − 0.8), A = (0.2 + ½ · 0.5, 0.4 + ½ · 0.2, 0.2).
-    """
+    δ = (0.4 − 0.2, 0.8 − 0.4, 1 − 0.8), A = (0.2 + ½ · 0.5, 0.4 + ½ · 0.2, 0.2)."""
     one, r, values = torch.ones(1, 3), torch.tensor([[0, 0, 1]]), f64([[0.2, 0.4, 0.8]])
     close(rewards_to_go(f64([[1, 2, 8]]), one, 0.5), [[4.0, 6.0, 8.0]])
     close(rewards_to_go(f64([[1, 2, 8]]), one), [[11.0, 10.0, 8.0]])
     close(rewards_to_go(r, one, 0.5), torch.tensor([[0.25, 0.5, 1.0]]))  # nothing is cut to whole
     close(gae(r, values, one, 1.0, 0.5), f64([[0.45, 0.5, 0.2]]))
     close(gae(r, values, one), gae(r, values, one, 1, 0.95))
-    close(gae(r[:, 2:], values[:, 2:], one[:, 2:]), f64([[0.2]]))  # a response of one token
 
 @pytest.mark.parametrize("gamma, lam", [(1, 0.95), (0.9, 0.6), (0.9, 0.0), (0.9, 1.0)])
 def test_gae_is_the_weighted_sum_of_the_n_step_estimates(gamma, lam):
     """A_t = (1−λ) (Â¹ + λ Â² + λ² Â³ + …), Âⁿ_t = Σ_{k<n} γ^k r_{t+k} + γⁿ V_{t+n} − V_t.
-
     All Âⁿ that reach the end are equal, so the first that does, the m-th, has all the weight that
-    is left: (1−λ)(λ^{m−1} + λ^m + …) = λ^{m−1}. With m = 2 that is (1−λ) Â¹ + λ Â².
-    λ = 0 gives the TD error δ_t = r_t + γ V(s_{t+1}) − V(s_t), λ = 1 rewards-to-go minus V.
-    """
+    is left: (1−λ)(λ^{m−1} + λ^m + …) = λ^{m−1}. With m = 2 that is (1−λ) Â¹ + λ Â²."""
     w = listed(0)
     values = normal(*w.mask.shape, seed=9).where(w.mask, 0)
     got = gae(w.rewards, values, w.mask, gamma, lam)
@@ -592,9 +494,7 @@ def test_gae_is_the_weighted_sum_of_the_n_step_estimates(gamma, lam):
                       for n in range(1, length - t + 1)]  # Â¹, Â², …, Âᵐ
             expected = sum((1 - lam) * lam**k * A for k, A in enumerate(n_step[:-1]))
             close(got[i, t], expected + lam**(len(n_step) - 1) * n_step[-1])
-    assert not got[~w.mask].any()
-    if lam == 1:
-        close(got, rewards_to_go(w.rewards, w.mask, gamma) - values)
+    assert lam < 1 or torch.allclose(got, rewards_to_go(w.rewards, w.mask, gamma) - values)
 
 @SEEDS
 @pytest.mark.parametrize("lam", [0.0, 0.3, 0.95, 1.0])
@@ -607,18 +507,16 @@ def test_gae_is_unbiased_for_every_lambda_when_V_is_exact(seed, lam):
 @SEEDS
 def test_with_a_wrong_V_bias_falls_and_variance_rises_with_lambda(seed):
     """‖E ĝ_λ − ∇J‖ falls to 0 as λ → 1 while tr Cov ĝ_λ rises, here for a critic at half of V."""
-    w = listed(seed)
-    half, bias, variance = 0.5 * w.values, [], []  # a critic that has learned half of the value
+    w, bias, variance = listed(seed), [], []
     for lam in (0.0, 0.25, 0.5, 0.75, 1.0):
-        mean, trace = moments(w.p, policy_gradients(w, gae(w.rewards, half, w.mask, lam=lam)))
+        A = gae(w.rewards, 0.5 * w.values, w.mask, lam=lam)
+        mean, trace = moments(w.p, policy_gradients(w, A))
         bias.append(float((mean - w.grad_J).norm()))
         variance.append(float(trace))
     assert bias[0] > 0.02 and bias[-1] < 1e-10
-    assert all(b < a for a, b in zip(bias, bias[1:]))
-    assert all(b > a for a, b in zip(variance, variance[1:]))
+    assert bias == sorted(bias, reverse=True) and variance == sorted(variance)
 
 # ======== 7. Importance sampling =================================================================
-
 @functools.cache
 def moved(seed, distance):
     """θ moved away from θ_old = listed(seed)'s: (log π of its trajectories (N, T), policy)."""
@@ -641,10 +539,8 @@ def test_the_product_of_ratios_turns_an_expectation_under_pi_old_into_one_under_
 @SEEDS
 def test_ppos_gradient_is_the_policy_gradient_at_theta_old_and_departs_from_it(seed):
     """∇E_old Σ_t min(ρA, clip(ρ)A) = E Σ_t A_t ∇log π(a_t|s_t) = ∇J where ρ_t = 1.
-
     Further off, also without a clip, the states that π visits have changed: ρ_t reweighs a_t but
-    not s_t, whose own weight is the product of the ratios before it.
-    """
+    not s_t, whose own weight is the product of the ratios before it."""
     w = listed(seed)
     A, errors = gae(w.rewards, w.values, w.mask), []
     for distance, clip in ((0.0, 0.2), (0.0, 1e9), (0.01, 1e9), (0.1, 1e9), (0.5, 1e9)):
@@ -656,8 +552,6 @@ def test_ppos_gradient_is_the_policy_gradient_at_theta_old_and_departs_from_it(s
             for i, (p, n) in enumerate(zip(w.p, w.lengths)))
         errors.append(float((flat_grad(surrogate, policy) - flat_grad(J, policy)).norm()))
     assert max(errors[:2]) < 1e-10 and 1e-3 < errors[2] < errors[3] < errors[4]
-
-# ======== 8. PPO's losses ========================================================================
 
 def test_ppos_gradient_is_zero_where_clipping_binds_and_whole_on_the_pessimistic_side():
     """∂/∂log π of min(ρA, clip(ρ, 0.8, 1.2)A) = ρA, or exactly 0 where the clipped side is less."""
@@ -675,98 +569,59 @@ def test_ppos_gradient_is_zero_where_clipping_binds_and_whole_on_the_pessimistic
     close(log_probs.grad, -slope / 6)
     assert not log_probs.grad[slope == 0].any()
 
-@pytest.mark.parametrize("clip", [0.2, 0.05])
-def test_ppos_objective_is_a_lower_bound_of_the_unclipped_surrogate(clip):
-    """min(ρA, clip(ρ)A) <= ρA for each token, equal where ρ is within 1 ± ε; then their mean."""
-    old, noise, A = normal(3, 40, 5)
-    new, mask = old + 0.4 * noise, torch.rand(40, 5, generator=draws()) < 0.7
-    ratio = (new - old).exp()
-    each = torch.stack([-ppo_policy_loss(*(x.view(1, 1) for x in token), torch.ones(1, 1), clip)
-                        for token in zip(new.flatten(), old.flatten(), A.flatten())]).view(40, 5)
-    assert (each <= ratio * A).all() and (each < ratio * A).float().mean() > 0.1
-    inside = (ratio - 1).abs() < clip
-    close(each[inside], (ratio * A)[inside])
-    r, a = ratio.numpy(), A.numpy()
-    close(each, np.minimum(r * a, np.clip(r, 1 - clip, 1 + clip) * a))
-    close(ppo_policy_loss(new, old, A, mask, clip), -each[mask].mean())
-    close(ppo_policy_loss(new, old, A, mask), ppo_policy_loss(new, old, A, mask, 0.2))
-
 def test_the_value_loss_is_the_pessimistic_of_two_squares():
     """½ E max((V − R)², (clip(V, V_old ± ε) − R)²), an upper bound of the plain square.
-
-    ∂/∂V of a term is V − R, or 0 where the clipped square is the larger.
-    """
-    values, old, R = normal(3, 40, 5)
-    mask = torch.rand(40, 5, generator=draws()) < 0.7
-    v, o, r = values.numpy(), old.numpy(), R.numpy()
-    for clip in (0.2, 0.6):
-        terms = np.maximum((v - r)**2, (np.clip(v, o - clip, o + clip) - r)**2)
-        got = value_loss(values, old, R, mask, clip)
-        close(got, 0.5 * terms[mask.numpy()].mean())
-        assert got > 0.5 * ((values - R)**2)[mask].mean()
-    close(value_loss(values, old, R, mask), value_loss(values, old, R, mask, 0.2))
-    leaf = f64([[1.5, 0.5, 1.5, 0.5, 1.1]], requires_grad=True)  # V_old is 1: V − R, or clipped
-    value_loss(leaf, torch.ones(1, 5), f64([[2, -1, -1, 2, 2]]), torch.ones(1, 5)).backward()
-    close(5 * leaf.grad, [[0.0, 0.0, 2.5, -1.5, -0.9]])
+    ∂/∂V of a term is V − R, or 0 where the clipped square is the larger."""
+    V, R = f64([[1.5, 0.5, 1.5, 0.5, 1.1]], requires_grad=True), f64([[2, -1, -1, 2, 2]])
+    loss = value_loss(V, torch.ones_like(R), R, torch.ones(1, 5))  # V_old is 1, ε is 0.2
+    close(10 * loss, 0.8**2 + 1.8**2 + 2.5**2 + 1.5**2 + 0.9**2)
+    loss.backward()
+    close(5 * V.grad, [[0.0, 0.0, 2.5, -1.5, -0.9]])
 
 def test_only_the_current_policy_and_value_get_a_gradient():
     """Weights, π_old, A, V_old and R are constants, also where a caller computed them with one."""
     x, mask = normal(8, 6, 5).requires_grad_().unbind(), torch.ones(6, 5)
     losses = {policy_gradient_loss: x[:2], ppo_policy_loss: x[2:5], value_loss: x[5:]}
     for loss, (learned, *constants) in losses.items():
-        y = loss(learned, *constants, mask)
-        by_learned, *rest = torch.autograd.grad(y, [learned, *constants], allow_unused=True)
+        by_learned, *rest = torch.autograd.grad(loss(learned, *constants, mask),
+                                                [learned, *constants], allow_unused=True)
         assert by_learned.any() and all(g is None or not g.any() for g in rest), loss.__name__
 
 def test_entropy_is_exact_and_largest_when_uniform():
-    """H = −Σ_a π(a|s) log π(a|s) <= log V, over the valid steps; its gradient vanishes there."""
+    """H = −Σ_a π(a|s) log π(a|s) <= log V, over the valid steps."""
     w = listed(0)
     log_p = w.world.table(w.gpt).detach()[w.world.state_of]
-    logits = log_p + 5 * normal(80, 3, 1)  # a constant changes no softmax
-    close(entropy(logits, w.mask), -(log_p.exp() * log_p).sum(-1)[w.mask].mean())
-    level = torch.full((1, 1, 5), 3.0, dtype=torch.float64, requires_grad=True)
-    H = entropy(level, torch.ones(1, 1))
-    close(H, math.log(5))
-    close(torch.autograd.grad(H, level)[0], torch.zeros_like(level), 1e-12)
+    expected = -(log_p.exp() * log_p).sum(-1)[w.mask].mean()
+    close(entropy(log_p + 5 * normal(80, 3, 1), w.mask), expected)
+    close(entropy(torch.full((1, 1, 5), 3.0), torch.ones(1, 1)), math.log(5), 1e-6)
     assert entropy(torch.tensor([[[0.0, 1e4]]]), torch.ones(1, 1)) == 0  # not NaN: 0 log 0 = 0
-
-def test_masked_mean_and_whiten_are_those_of_the_valid_entries():
-    """Σ m x / Σ m;  (x − mean) / std over the valid entries, 0 elsewhere."""
-    x, mask = f64([[1.0, 3.0, 9e9], [8.0, -9e9, 9e9]]), torch.tensor([[1.0, 1, 0], [1, 0, 0]])
-    close(masked_mean(x, mask), 4.0)
-    valid = np.array([1.0, 3.0, 8.0])
-    a, b, c = (valid - valid.mean()) / valid.std()
-    close(whiten(x, mask), [[a, b, 0], [c, 0, 0]], 1e-8)
-    assert masked_mean(x, torch.zeros(2, 3)) == 0  # nothing valid: no division by 0
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_constant_whitens_to_exactly_0(dtype):
     """Without spread there is no signal: 1000.1 everywhere must not become 0.95 by rounding."""
-    for value, n in itertools.product((0.0, 1.0, 1000.1, -0.1, 3e5), (1, 3, 7, 100, 4096)):
+    for value, n in itertools.product((0.0, 1000.1, -0.1, 3e5), (1, 3, 7, 100, 4096)):
         x = torch.full((2, n), value, dtype=dtype)
         for mask in (torch.ones(2, n), torch.arange(n) < torch.tensor([[n], [1]])):
             assert not whiten(x, mask).any(), (value, n)
     x = 1000.1 + 0.01 * normal(2, 100)  # where there is some, its scale is still 1
     assert whiten(x.float(), torch.ones(2, 100)).std() == pytest.approx(1, abs=0.05)
+    assert masked_mean(x, torch.zeros(2, 100)) == 0  # nothing valid: no division by 0
 
 # ======== 9. The KL penalty ======================================================================
-
 def pair_of_policies(seed, distance):
     """(π = listed(seed), log π_ref (N, T), KL(π‖π_ref) = Σ_s P(s) KL(π(·|s)‖π_ref(·|s)))."""
     w = listed(seed)
     ref_log_probs, ref = moved(seed, distance)
     pi, log_ref = w.world.table(w.gpt).detach(), w.world.table(ref).detach()
     by_state = (pi.exp() * (pi - log_ref)).sum(1)
-    visits = torch.zeros_like(by_state)  # P(s): how often π comes to s
-    visits.index_add_(0, w.world.state_of[w.mask], w.p[:, None].expand_as(w.mask)[w.mask])
+    visits = torch.zeros_like(by_state).index_add(  # P(s): how often π comes to s
+        0, w.world.state_of[w.mask], w.p[:, None].expand_as(w.mask)[w.mask])
     return w, ref_log_probs.detach(), (visits * by_state).sum()
 
 @SEEDS
 def test_the_kl_penalties_of_a_trajectory_have_expectation_minus_beta_kl(seed):
     """E_π Σ_t −β (log π(a_t|s_t) − log π_ref(a_t|s_t)) = −β KL(π‖π_ref).
-
-    With the score, E_π Σ_t r_t = J(π) − β KL(π‖π_ref), the objective of RLHF, and so its gradient.
-    """
+    With the score, E_π Σ_t r_t = J(π) − β KL(π‖π_ref), the objective of RLHF; so its gradient."""
     w, ref, kl = pair_of_policies(seed, 0.2)
     rewards = kl_penalized_rewards(w.rewards.sum(1), w.log_probs, ref, w.mask, 0.3)
     close((w.p * rewards.sum(1)).sum(), w.J - 0.3 * kl)
@@ -780,15 +635,12 @@ def test_the_kl_penalties_of_a_trajectory_have_expectation_minus_beta_kl(seed):
 @SEEDS
 def test_k1_and_k3_are_unbiased_and_k3_varies_less_and_exchanged_is_wrong(seed):
     """E_π Σ −Δ = E_π Σ (e^Δ − 1 − Δ) = KL(π‖π_ref), Δ = log π_ref − log π; e^x >= 1 + x.
-
-    Near π_ref k3 varies less. With π and π_ref exchanged it reads several times the KL far off.
-    """
+    Near π_ref k3 varies less. With π and π_ref exchanged it reads several times the KL far off."""
     for distance in (0.05, 0.4, 0.8):
         w, ref, kl = pair_of_policies(seed, distance)
         k1, k3 = kl_estimates(w.log_probs, ref, w.mask)
-        assert k1.shape == k3.shape == (80,)
-        close((w.p * k1).sum(), kl)
-        close((w.p * k3).sum(), kl)
+        close(w.p @ k1, kl)
+        close(w.p @ k3, kl)
         assert k3.min() >= 0 > k1.min()
         assert distance > 0.05 or w.p @ (k3 - kl)**2 < w.p @ (k1 - kl)**2 / 5
         _, exchanged = kl_estimates(ref, w.log_probs, w.mask)
@@ -800,14 +652,11 @@ def test_the_adaptive_coefficient_rises_above_the_target_and_falls_below_it():
                          (600.0, 0.102), (0.0, 0.098)):  # the last two are clipped
         assert adapt_kl_coef(0.1, kl, 6.0) == pytest.approx(expected, abs=1e-15)
 
-# ======== 10. The optimum ========================================================================
-
 def structured_score(response):
     """A reward with structure: tokens and pairs of tokens that are liked or not, and length."""
-    score = sum((0.5, -0.5, 0.2, 0.0, 0.3)[a] for a in response) - 0.1 * len(response)
-    for pair in zip(response, response[1:]):
-        score += {(2, 3): 1.0, (0, 0): -1.2}.get(pair, 0.0)
-    return score
+    score = sum((0.5, -0.5, 0.2, 0.0, 0.3)[a] - 0.1 for a in response)
+    pairs = [*zip(response, response[1:])]
+    return score + pairs.count((2, 3)) - 1.2 * pairs.count((0, 0))
 
 def score_rollout(r):
     return torch.tensor([structured_score(a[m].tolist()) for a, m in zip(r.actions, r.mask)])
@@ -818,10 +667,9 @@ OPTIMUM_CONFIG = dict(max_new_tokens=4, block_size=16, temperature=1.0, missing_
                       micro_batch_size=128, ppo_lr=2e-3)
 OPTIMUM_PROMPTS = [(4, 1), (4, 2, 0, 3)]
 
-@torch.no_grad()
 def response_log_probs(world, policy):
     """log π(y|x) of whole responses, (N,)."""
-    return world.read(world.table(policy)).double().sum(1)
+    return world.read(world.table(policy)).detach().double().sum(1)
 
 @functools.cache
 def optimum_world():
@@ -856,25 +704,16 @@ def test_train_ppo_comes_99_hundredths_of_the_way_to_the_optimum(beta):
     """(J(π) − J(π_ref)) / (β log Z − J(π_ref)) >= 0.99: what is missing is sampling noise."""
     world, _, reference, log_ref = optimum_world()
     policy, config = ActorCritic(reference), Config(kl_coef=beta, **OPTIMUM_CONFIG)
-    for _ in train_ppo(policy, reference, score_rollout, list(map(list, OPTIMUM_PROMPTS)), config):
-        pass
+    list(train_ppo(policy, reference, score_rollout, [*map(list, OPTIMUM_PROMPTS)], config))
     start, end = objective(log_ref, beta), objective(response_log_probs(world, policy), beta)
     best, _ = optimum(beta)
     assert 0.99 <= (end - start) / (best - start) <= 1 + 1e-6
 
 # ======== 11. The plumbing: what users of other libraries stumble over ===========================
-
-# Recorded from TRL 0.7.10 (transformers 4.37.2, torch 2.13.0 on a CPU), in float32, by
-#     trainer = object.__new__(PPOTrainer)
-#     trainer.config = PPOConfig(gamma=0.97, lam=0.9, cliprange=0.2, cliprange_value=0.2, vf_coef=1)
-#     trainer.kl_ctl = FixedKLController(0.2)
-#     rewards, _, _ = trainer.compute_rewards(scores, old, ref, mask)
-#     _, advantages, returns = trainer.compute_advantages(values, rewards, mask)
-#     policy, value, stats = trainer.loss(old, values, logits, new_values,
-#         logprobs_from_logits(logits, actions), mask, advantages, returns)
-#     (policy + value).backward()
-# with scores (1.3, -0.7, 0.4) for responses of 3, 1 and 2 tokens, padded by 0. Here are the valid
-# tokens alone, one row behind the other.
+# Recorded from TRL 0.7.10 (torch 2.13.0 on a CPU, float32) with an `object.__new__(PPOTrainer)` of
+# PPOConfig(gamma=0.97, lam=0.9, cliprange=0.2, cliprange_value=0.2, vf_coef=1) and
+# FixedKLController(0.2): its compute_rewards, compute_advantages and loss, one after the other,
+# with scores (1.3, -0.7, 0.4) for responses of 3, 1 and 2 tokens. The valid tokens, row after row.
 TRL_INPUT = dict(
     actions=[2, 0, 1, 1, 0, 2], old=[-0.5, -0.8, -0.4, -0.9, -0.4, -2.2],
     ref=[-0.8, -0.2, -0.8, -1.4, -0.1, -1.3], values=[0.2, -0.1, 0.5, 0.3, -0.6, 0.1],
@@ -891,19 +730,13 @@ TRL_OUTPUT = dict(
     by_logits=[[0.01492846, 0.003330989, -0.01825944], [0.0, 0.0, 0.0],
                [0.00299444, -0.01035957, 0.007365135], [0.0, 0.0, 0.0],
                [-0.03744742, 0.02662322, 0.01082419], [-0.002478524, -0.01005091, 0.01252943]])
-
 def test_rewards_advantages_losses_and_gradients_are_those_of_trl():
-    """What the library of the lecture computes from the same numbers, to 1e-6.
-
-    The score lands on the last valid step of a long, a short and a one-token response.
-    TRL whitens by the unbiased standard deviation: its advantages are smaller by √((n−1)/n).
-    """
+    """What the library of the lecture computes from the same numbers, to 1e-6. TRL whitens by the
+    unbiased standard deviation: its advantages are smaller by √((n−1)/n)."""
     mask = torch.arange(3) < torch.tensor([3, 1, 2])[:, None]
-
     def ragged(rows):
         x = torch.tensor(rows)
         return x.new_zeros(3, 3, *x.shape[1:]).index_put((mask,), x)
-
     x = SimpleNamespace(**{name: ragged(rows) for name, rows in TRL_INPUT.items()})
     x.logits.requires_grad_(), x.new_values.requires_grad_()
     rewards = kl_penalized_rewards(torch.tensor([1.3, -0.7, 0.4]), x.old, x.ref, mask, 0.2)
@@ -918,7 +751,6 @@ def test_rewards_advantages_losses_and_gradients_are_those_of_trl():
                value_loss=value, entropy=entropy(x.logits, mask))
     for name, y in got.items():
         close(y[mask] if y.dim() else y, torch.tensor(TRL_OUTPUT[name]), 1e-6)
-        assert y.dim() == 0 or not y[~mask].any() or name == "log_probs"
 
 def arguments(dtype=torch.float32):
     """Random arguments for every function of tensors."""
@@ -932,9 +764,10 @@ def soiled(x, garbage):
     """The same with garbage in the padding, of either sign, so that differences are garbage too."""
     mask, signs = x["mask"], torch.tensor([1.0, -1.0, 0.0])
     dirty = {name: v.where(mask, -garbage if name in ("old", "ref", "returns") else garbage)
-             for name, v in x.items() if v.shape == mask.shape and v.is_floating_point()}
-    return x | dirty | {"logits": x["logits"].where(mask[..., None], garbage * signs),
-                        "actions": x["actions"].where(mask, 2)}
+             for name, v in x.items() if torch.is_tensor(v) and v.shape == mask.shape}
+    if "logits" in x:
+        dirty["logits"] = x["logits"].where(mask[..., None], garbage * signs)
+    return x | dirty | {"mask": mask, "actions": x["actions"].where(mask, 2)}
 
 def everything(x, f=rlhf):
     """What each function of the module `f` makes of the arguments x, and its gradients."""
@@ -948,16 +781,15 @@ def everything(x, f=rlhf):
         "policy_gradient": f.policy_gradient_loss(t.log_probs, t.advantages, mask),
         "ppo": f.ppo_policy_loss(t.log_probs, t.old, t.advantages, mask), "k1": k1, "k3": k3,
         "value": f.value_loss(t.values, t.old_values, t.returns, mask),
-        "entropy": f.entropy(t.logits, mask),
+        "entropy": f.entropy(t.logits, mask), "ranking": f.ranking_loss(t.scores.view(2, 3)),
         "gathered": f.gather_log_probs(t.logits, t.actions).where(mask, 0),
-        "pairs": f.reward_model_loss(t.scores, -t.scores),
-        "ranking": f.ranking_loss(t.scores.view(2, 3))}
-    gradients = {
-        (name, leaf): grad for name, y in results.items() if y.requires_grad
-        for leaf, grad in zip(leaves, torch.autograd.grad(
-            y.sum(), [*leaves.values()], retain_graph=True, allow_unused=True,
-            materialize_grads=True))}
-    return {name: value.detach() for name, value in (results | gradients).items()}
+        "pairs": f.reward_model_loss(t.scores, -t.scores)}
+    for name, y in list(results.items()):
+        if y.requires_grad:
+            grads = torch.autograd.grad(y.sum(), [*leaves.values()], retain_graph=True,
+                                        allow_unused=True, materialize_grads=True)
+            results |= {(name, leaf): grad for leaf, grad in zip(leaves, grads)}
+    return {name: value.detach() for name, value in results.items()}
 
 @pytest.mark.parametrize("garbage", [7.0, 1e4, -1e4, 3e38, -3e38, math.inf, -math.inf, math.nan])
 def test_garbage_in_the_padding_changes_no_output_bit(garbage):
@@ -969,26 +801,21 @@ def test_garbage_in_the_padding_changes_no_output_bit(garbage):
             continue  # it has no mask of its own, so no gradient behind a logit that is not finite
         assert torch.equal(value, dirty[name]), name
         assert torch.equal(value.signbit(), dirty[name].signbit()), name  # -0.0 is another bit
-        if value.shape[:2] == x["mask"].shape:
-            assert not dirty[name][~x["mask"]].any(), name  # 0 after the end
+        assert value.shape[:2] != (6, 5) or not dirty[name][~x["mask"]].any(), name
 
 def test_float64_stays_float64_and_bf16_is_raised_to_float32():
     """Results are those of the same numbers in float32, not rounded to 8 bits in between."""
     assert {y.dtype for y in everything(arguments(torch.float64)).values()} == {torch.float64}
     narrow = arguments(torch.bfloat16)
-    wide = {name: v.float() if v.is_floating_point() else v for name, v in narrow.items()}
-    exact = everything(wide)
+    exact = everything({k: v.float() if v.is_floating_point() else v for k, v in narrow.items()})
     for name, y in everything(narrow).items():
         assert torch.equal(y, exact[name].to(y.dtype)), name
-        is_gradient = isinstance(name, tuple)  # which has the dtype of its leaf
-        assert is_gradient or y.dtype == torch.float32, name
+        assert y.dtype == torch.float32 or isinstance(name, tuple)  # a gradient: as its leaf
 
 def copied(f):
-    """The function as it works in other code: with torch, F, and the helpers that its docstring
-    says it needs, which are copied in the same way."""
-    helpers = re.findall(r"`(\w+)`", f.__doc__.partition("Needs ")[2])
+    """The function as it works in other code, with torch, F and the helpers its docstring names."""
     world = {"torch": torch, "F": F}
-    for name in helpers:
+    for name in re.findall(r"`(\w+)`", f.__doc__.partition("Needs ")[2]):
         helper = getattr(rlhf, name)
         world[name] = copied(helper) if inspect.isfunction(helper) else helper
     exec(inspect.getsource(f), world)
@@ -1000,9 +827,8 @@ def test_each_function_works_when_it_is_copied_alone():
         reward_model_loss, ranking_loss, gather_log_probs, kl_penalized_rewards, rewards_to_go,
         policy_gradient_loss, gae, masked_mean, whiten, ppo_policy_loss, value_loss, entropy,
         kl_estimates)})
-    expected = everything(arguments())
-    for name, y in everything(arguments(), functions).items():
-        assert torch.equal(y, expected[name]), name
+    expected, got = everything(arguments()), everything(arguments(), functions)
+    assert all(torch.equal(y, expected[name]) for name, y in got.items())
     assert copied(adapt_kl_coef)(0.1, 6.6, 6.0) == adapt_kl_coef(0.1, 6.6, 6.0)
     ours, theirs = [vars(f(tiny_gpt(), [[3], [3, 1]] * 4, 5, 3, 0.9, draws())).values()
                     for f in (rollout, copied(rollout))]
@@ -1022,45 +848,23 @@ def updated(policy, experience, config, lr=0.1, documents=None):
     return learner, metrics
 
 WIDE = dict(vocab=40, layers=2, heads=4, width=64, context=64, std=0.02)
-
 @pytest.mark.parametrize("micro_batch_size", [4, 8, 16, 32])
 def test_the_ratio_of_every_token_is_1_before_the_first_update(micro_batch_size, monkeypatch):
     """ρ_t = π/π_old = 1 exactly: a dropout, or a text that was encoded anew, would show here."""
-    policy, seen = tiny_policy(0, **WIDE).float(), []
+    policy, seen, loss = tiny_policy(0, **WIDE).float(), [], rlhf.ppo_policy_loss
     e, config = experience_of(
         policy, tiny_gpt(1, **WIDE).float(), reward_fn=lambda r: r.mask.sum(1), ppo_batch_size=64,
         minibatch_size=32, micro_batch_size=micro_batch_size, max_new_tokens=40, block_size=64)
     assert len(set(e.mask.sum(1).tolist())) > 10  # responses of many lengths
-
-    def watched(log_probs, old_log_probs, advantages, mask, *rest):
-        seen.append(torch.equal(log_probs[mask], old_log_probs[mask]))
-        return ppo_policy_loss(log_probs, old_log_probs, advantages, mask, *rest)
-
-    monkeypatch.setattr(rlhf, "ppo_policy_loss", watched)
+    monkeypatch.setattr(rlhf, "ppo_policy_loss", lambda new, old, A, mask, *rest: (
+        seen.append(torch.equal(new[mask], old[mask])) or loss(new, old, A, mask, *rest)))
     learner, metrics = updated(policy, e, config, lr=0.0)
     assert len(seen) == 64 // micro_batch_size and all(seen) and same(learner, policy)
     assert metrics["approx_kl"] == 0 and metrics["clip_fraction"] == 0 and metrics["grad_norm"] > 0
 
-def test_a_row_reads_the_same_bits_in_every_micro_batch_and_behind_any_padding():
-    """Right-padding and causal attention: what stands behind a row, or beside it, is not read."""
-    policy = tiny_policy(0, **WIDE).float()
-    r = rollout(policy, [[39] + [n] * (n % 7) for n in range(32)], 40, 39, generator=draws())
-    whole = rlhf.forward_responses(policy, r, 0.8)
-    for rows in torch.randperm(32, generator=draws()).split([1, 2, 5, 8, 16]):
-        part = r.take(rows)
-        T, S = part.mask.shape[1], part.tokens.shape[1]
-        assert torch.equal(part.mask, r.mask[rows, :T]) and part.mask[:, -1].any()
-        for padding, token in ((0, 0), (3, 7), (16, 39)):
-            tokens = F.pad(part.tokens, (0, min(padding, 64 - S)), value=token)
-            got = rlhf.forward_responses(policy, dataclasses.replace(part, tokens=tokens), 0.8)
-            for a, b in zip(got, whole, strict=True):
-                assert torch.equal(a[part.mask], b[rows, :T][part.mask])
-
 def test_collect_computes_each_step_of_the_derivation():
     """log π, log π_ref and V along τ ~ π; r_t; A_t by GAE; R_t = A_t + V(s_t), not whitened.
-
-    V(s_0) is the value of the prompt alone, read at position P−1: it cannot know a_0.
-    """
+    V(s_0) is the value of the prompt alone, read at position P−1: it cannot know a_0."""
     policy, reference = tiny_policy(0), tiny_gpt(1)
     settings = dict(temperature=0.8, gamma=0.9, lam=0.7)
     e, _ = experience_of(policy, reference, **settings)
@@ -1077,54 +881,59 @@ def test_collect_computes_each_step_of_the_derivation():
     parts, _ = experience_of(policy, reference, micro_batch_size=5, **settings)  # smaller passes
     for name in "log_probs ref_log_probs values scores rewards advantages returns".split():
         x = getattr(e, name)
-        assert not x.requires_grad and x.dtype == torch.float64, name
-        assert x.dim() == 1 or not x[~e.mask].any(), name
+        assert not x.requires_grad and (x.dim() == 1 or not x[~e.mask].any()), name
         close(getattr(parts, name), x, 1e-12)
 
 def test_a_cut_response_scores_missing_eos_score_and_an_end_token_has_a_gradient():
     """A response without an end token scores missing_eos_score, or reward_fn's if that is None.
-
-    a_T = end is an action like any other; where padding is the same token, some mask it away.
-    """
+    a_T = end is an action like any other; where padding is the same token, some mask it away."""
     (own, _), (fixed, _) = [experience_of(
         tiny_policy(0), tiny_gpt(1), seed=3, max_new_tokens=3, missing_eos_score=score)
         for score in (None, -3.0)]
     ended = rlhf.ends(own, 3)
     assert ended.any() and not ended.all() and (own.scores[~ended] != -3).all()
     close(fixed.scores, own.scores.where(ended, -3.0))
-    assert Config().missing_eos_score <= -2  # scores have std 1: lower than nearly all that ended
     at_end, log_probs = (own.actions == 3) & own.mask, own.log_probs.clone().requires_grad_()
     ppo_policy_loss(log_probs, own.log_probs, own.advantages, own.mask).backward()
     assert torch.equal(at_end.any(1), ended) and (log_probs.grad[at_end] != 0).all()
 
 def test_collect_refuses_what_would_become_wrong_rewards(monkeypatch):
-    """Scores that are not (B,), and a mask with left padding or a hole, which moves the score."""
-    policy, reference = tiny_policy(0), tiny_gpt(1)
-    for shape in ((), (1,), (12, 1), (12, 5)):
-        with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}.*\(12,\)"):
+    """Scores that are not (B,), which would broadcast; a mask with left padding or a hole."""
+    policy, reference, x = tiny_policy(0), tiny_gpt(1), torch.zeros(12, 5)
+    for shape in ((), (1,), (12, 1), (1, 12), (12, 5)):
+        message = rf"{re.escape(str(shape))}.*\(12,\)"
+        with pytest.raises(ValueError, match=message):
             experience_of(policy, reference, reward_fn=lambda r: torch.zeros(shape))
+        with pytest.raises(ValueError, match=message):
+            kl_penalized_rewards(torch.zeros(shape), x, x, torch.ones(12, 5), 0.1)
     with pytest.raises(ValueError, match=r"reward_fn .*\(12,\)"):
         experience_of(policy, reference, reward_fn=lambda r: None)
     e, _ = experience_of(policy, reference, reward_fn=lambda r: [1.0] * 12)
     assert e.scores.sum() == 12 and e.scores.dtype == torch.float64
-    good = rollout(policy, [list(x) for x in RAGGED] * 6, 5, 3, generator=draws())
     for hole in (0, 1):
-        mask = good.mask.clone()
-        mask[good.mask.sum(1).argmax(), hole] = False
-        bad = dataclasses.replace(good, mask=mask)
-        monkeypatch.setattr(rlhf, "rollout", lambda *args, **kw: bad)
+        mask = e.mask.clone()
+        mask[e.mask.sum(1).argmax(), hole] = False
+        monkeypatch.setattr(rlhf, "rollout", lambda *args, **kw: dataclasses.replace(e, mask=mask))
         with pytest.raises(ValueError, match="prefix of ones"):
             experience_of(policy, reference)
     for f in (kl_penalized_rewards, rewards_to_go, gae):  # a copied function can only say so
         assert re.search(r"prefix(es)?\s+of\s+ones", f.__doc__)
 
-def test_nothing_to_learn_from_is_refused_by_name():
-    """An empty list, from a filter that kept nothing, is one ValueError, not an IndexError."""
-    gpt, config = tiny_gpt(), Config(max_new_tokens=4)
+def test_what_cannot_be_done_is_refused_by_name():
+    """An empty list, from a filter that kept nothing, is one ValueError, not an IndexError; so is
+    a row longer than the context, which would have no position embedding."""
+    gpt, config = tiny_gpt(context=8), Config(max_new_tokens=4)
+    assert rollout(gpt, [[3] * 5], 3, 3).tokens.shape[1] <= 8  # just fits
+    for prompts, T, temperature, problem in (
+            ([[3], []], 2, 1.0, "begin e.* with the end token"), ([[3]], 4, 0.0, "more than 0"),
+            ([[3], [3] * 6], 3, 1.0, "prompt 6 .* max_new_tokens 3 .* 8 tokens"),
+            ([[3]], 0, 1.0, "max_new_tokens 0"), ([], 2, 1.0, "no prompt")):
+        with pytest.raises(ValueError, match=problem):
+            rollout(gpt, prompts, T, 3, temperature)
     policy, model = ActorCritic(gpt), RewardModel(gpt)
-    for call in (lambda: list(train_language_model(gpt, [], config)),
-                 lambda: list(train_reward_model(model, [], config)),
-                 lambda: list(train_ppo(policy, gpt, score_rollout, [], config)),
+    for call in (lambda: [*train_language_model(gpt, [], config)],
+                 lambda: [*train_reward_model(model, [], config)],
+                 lambda: [*train_ppo(policy, gpt, score_rollout, [], config)],
                  lambda: rlhf.normalize_rewards(model, gpt, [], config),
                  lambda: rlhf.corpus_loss(gpt, []), lambda: rlhf.reward_model_accuracy(model, []),
                  lambda: rlhf.evaluate(policy, gpt, score_rollout, [], config)):
@@ -1134,14 +943,11 @@ def test_nothing_to_learn_from_is_refused_by_name():
 def test_a_policy_starts_as_a_whole_trainable_copy_whose_value_is_0():
     """V_θ(s) = 0 before training. The reference is frozen; what starts from it is not."""
     gpt = tiny_gpt(0).requires_grad_(False)
-    policy, tokens = ActorCritic(gpt), torch.tensor([[3, 1, 2]])
-    logits, values = policy(tokens)
-    close(logits, gpt(tokens), 1e-12)
-    assert not values.any() and values.shape == (1, 3) and values.dtype == torch.float64
+    policy = ActorCritic(gpt)
+    close(policy(torch.tensor([[3, 1, 2]]))[1], torch.zeros(1, 3, dtype=torch.float64), 0)
     for model in (policy, RewardModel(gpt)):
         assert all(p.requires_grad for p in model.parameters()) and same(model.gpt, gpt)
         assert not {id(p) for p in gpt.parameters()} & {id(p) for p in model.parameters()}
-    assert not any(p.requires_grad for p in gpt.parameters())
 
 def test_losses_are_computed_in_float32_under_autocast(monkeypatch):
     """log-softmax and losses are float32 even where logits are bf16: 8 bits lose small ratios."""
@@ -1153,19 +959,13 @@ def test_losses_are_computed_in_float32_under_autocast(monkeypatch):
         assert policy(torch.tensor([[3, 1]]))[0].dtype == torch.bfloat16
         e, config = experience_of(policy, tiny_gpt(1).float(), entropy_coef=0.1)
         updated(policy, e, config)
-        r = rollout(policy, [[3]], 3, 3)
-    assert len(seen) >= 3 and {x.dtype for x in seen} == {torch.float32}
-    assert {x.dtype for x in (e.log_probs, e.ref_log_probs, e.values, e.rewards, e.returns,
-                              r.log_probs)} == {torch.float32}
+    seen += [e.log_probs, e.ref_log_probs, e.values, e.rewards, e.returns]
+    assert len(seen) >= 8 and {x.dtype for x in seen} == {torch.float32}
 
 def dirty(e):
     """The same experience with garbage in all padding: other tokens, and numbers like 1e30."""
     behind = torch.arange(e.tokens.shape[1]) >= (e.prompt_lengths + e.mask.sum(1))[:, None]
-    assert behind.any()
-    return dataclasses.replace(
-        e, tokens=e.tokens.where(~behind, 2), actions=e.actions.where(e.mask, 3),
-        **{name: getattr(e, name).where(e.mask, 1e30) for name in (
-            "log_probs", "ref_log_probs", "values", "rewards", "advantages", "returns")})
+    return rlhf.Experience(**soiled(vars(e), 1e30) | {"tokens": e.tokens.where(~behind, 2)})
 
 def written_out(policy, e, c):
     """L = −L_clip + c1 L_VF − c2 H and its metrics for each token, (tokens, 5), and their rows."""
@@ -1197,14 +997,12 @@ def gradients_of_update(policy, experience, config, documents=None):
     return torch.stack(steps), metrics
 
 @pytest.mark.parametrize("entropy_coef, minibatch_size, micro_batch_size, epochs", [
-    (0.0, 12, 12, 1), (0.2, 12, 12, 1), (0.2, 12, 5, 2), (0.2, 1, 1, 3)])
+    (0.0, 12, 12, 1), (0.2, 12, 5, 2), (0.2, 1, 1, 3)])
 def test_an_update_goes_down_the_gradient_of_the_whole_loss(
         entropy_coef, minibatch_size, micro_batch_size, epochs):
     """∇L of L = −L_clip + c1 L_VF − c2 H (PPO eq. 9, turned to a loss), at a step size of 0.
-
     In minibatches of one trajectory, each epoch's gradients are those of all the trajectories; in
-    micro-batches, they add up to the minibatch's. Garbage in the padding changes no bit.
-    """
+    micro-batches, they add up to the minibatch's. Garbage in the padding changes no bit."""
     e, config = experience_of(tiny_policy(0), tiny_gpt(1), temperature=0.8, value_coef=0.7,
                               clip=0.1, entropy_coef=entropy_coef, max_grad_norm=1e9,
                               early_stop_kl=None, value_clip=0.3, minibatch_size=minibatch_size,
@@ -1223,8 +1021,13 @@ def test_an_update_goes_down_the_gradient_of_the_whole_loss(
     for name, value in zip("loss policy_loss value_loss approx_kl clip_fraction".split(),
                            means.mean(0).tolist()):
         assert metrics[name] == pytest.approx(value, abs=1e-6), name
-    assert metrics["grad_norm"] == pytest.approx(float(expected.norm(dim=1).mean()), rel=1e-6)
+    norm = metrics["grad_norm"]
+    assert norm == pytest.approx(float(expected.norm(dim=1).mean()), rel=1e-6)
     assert 0.05 < metrics["clip_fraction"] < 0.95 and metrics["updates"] == epochs * len(batches)
+    # A gradient longer than max_grad_norm is scaled down to it, all parameters alike.
+    cut, metrics = gradients_of_update(policy, e, dataclasses.replace(config, max_grad_norm=1e-3))
+    close(cut, 1e-3 * steps / steps.norm(dim=1, keepdim=True), 1e-8)
+    assert metrics["grad_norm"] == norm
 
 def test_with_ptx_coef_the_gradient_is_the_sum_of_ppos_and_the_language_models():
     """InstructGPT eq. 2: … + γ E log π(x) on documents, at temperature 1, in each gradient step."""
@@ -1237,9 +1040,8 @@ def test_with_ptx_coef_the_gradient_is_the_sum_of_ppos_and_the_language_models()
     both, _ = gradients_of_update(policy, e, config, [x])
     assert len(both) == 2 and by_document.norm() > 0.1
     close(both, ppo_alone + 1.7 * by_document, 1e-9)
-    for documents in (None, []):
-        with pytest.raises(ValueError, match="document"):
-            gradients_of_update(policy, e, config, documents)
+    with pytest.raises(ValueError, match="document"):
+        gradients_of_update(policy, e, config, None)
 
 def test_a_coefficient_of_0_multiplies_nothing(monkeypatch):
     """0 · ∞ = NaN: what is switched off may be infinite."""
@@ -1261,26 +1063,12 @@ def test_an_early_stop_ends_all_epochs_and_leaves_no_gradient_behind():
     for limit, updates in ((0.99 * k3, 1), (1.01 * k3, 2), (None, 2)):
         metrics = updated(policy, e, dataclasses.replace(config, early_stop_kl=limit))[1]
         assert metrics["updates"] == updates and metrics["early_stop"] is (updates == 1)
-
-    def stopping(epochs):
-        return dataclasses.replace(config, early_stop_kl=1e-9, minibatch_size=4, ppo_epochs=epochs)
-
-    learner, _ = updated(policy, e, stopping(1))
-    assert same(learner, updated(policy, e, stopping(4))[0])
-    optimizer = sgd(learner, 0.1)
-    metrics = ppo_update(learner, optimizer, e, stopping(4), draws())  # stops at once
-    assert metrics["updates"] == 0 and metrics["early_stop"] is True
+    one, four = (dataclasses.replace(config, early_stop_kl=1e-9, minibatch_size=4, ppo_epochs=n)
+                 for n in (1, 4))
+    learner, _ = updated(policy, e, one)
+    assert same(learner, updated(policy, e, four)[0])
+    assert ppo_update(learner, sgd(learner, 0.1), e, four, draws())["updates"] == 0  # at once
     assert all(p.grad is None or not p.grad.any() for p in learner.parameters())
-
-def test_a_gradient_longer_than_max_grad_norm_is_scaled_down_to_it():
-    """g ← g · min(1, c / ‖g‖), the norm over all parameters; what is logged is ‖g‖."""
-    policy = tiny_policy(0)
-    e, config = experience_of(policy, tiny_gpt(1), max_grad_norm=1e9)
-    (g,), _ = gradients_of_update(policy, e, config)
-    config = dataclasses.replace(config, max_grad_norm=0.1 * float(g.norm()))
-    (scaled,), metrics = gradients_of_update(policy, e, config)
-    close(scaled, 0.1 * g, 1e-6)
-    assert metrics["grad_norm"] == pytest.approx(float(g.norm()))
 
 def test_metrics_of_a_batch_do_not_read_padding():
     """Reward, Σ k1, Σ k3, −E log π, length, share ended, 1 − Var(R − V) / Var(R), by NumPy."""
@@ -1289,17 +1077,15 @@ def test_metrics_of_a_batch_do_not_read_padding():
     returns, values = e.returns.numpy()[m], e.values.numpy()[m]
     delta = np.where(m, (e.ref_log_probs - e.log_probs).numpy(), 0)
     assert rlhf.experience_metrics(e, 3) == pytest.approx({
-        "reward": e.scores.numpy().mean(), "kl": -delta.sum(1).mean(),
+        "reward": e.scores.numpy().mean(), "kl": -delta.sum(1).mean(), "length": m.sum(1).mean(),
         "kl_k3": (np.exp(delta) - 1 - delta).sum(1).mean(),
-        "entropy": -e.log_probs.numpy()[m].mean(),
+        "entropy": -e.log_probs.numpy()[m].mean(), "rollout_tokens_per_s": m.sum() / 2,
         "explained_variance": 1 - (returns - values).var() / returns.var(),
-        "length": m.sum(1).mean(), "ended": ((e.actions.numpy() == 3) & m).any(1).mean(),
-        "rollout_tokens_per_s": m.sum() / 2}, abs=1e-6)
+        "ended": ((e.actions.numpy() == 3) & m).any(1).mean()}, abs=1e-6)
     level = dataclasses.replace(e, returns=torch.ones_like(e.returns))
     assert math.isfinite(rlhf.experience_metrics(level, 3)["explained_variance"])
 
 # ======== 12. The loops as a whole ===============================================================
-
 def language_model_stage(**settings):
     """(a GPT, train(model, …)): documents that repeat one token."""
     config = Config(**dict(lm_epochs=5, lm_batch_size=8, lm_lr=3e-2) | settings)
@@ -1329,7 +1115,8 @@ STAGES = {"language_model": language_model_stage, "reward_model": reward_model_s
           "ppo": ppo_stage}
 
 def timeless(metrics):
-    return {k: v for k, v in metrics.items() if "per_s" not in k}
+    """Without what a clock measured."""
+    return {k: v for k, v in metrics.items() if "per_s" not in k and "seconds" not in k}
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_training_stopped_after_any_step_and_continued_ends_with_the_same_bits(stage):
@@ -1384,12 +1171,9 @@ def test_a_loss_that_is_not_finite_stops_training_before_it_reaches_the_weights(
 def test_each_ppo_iteration_follows_the_kl_of_the_one_before(monkeypatch):
     """β adapts to the KL that was measured, or stays; Adam has ε = 1e-5, as in baselines."""
     seen, update = [], rlhf.ppo_update
-
-    def watched(policy, optimizer, e, config, *rest):
+    monkeypatch.setattr(rlhf, "ppo_update", lambda policy, optimizer, e, config, *rest: (
         seen.append((optimizer.defaults["eps"], config.kl_coef))
-        return update(policy, optimizer, e, config, *rest)
-
-    monkeypatch.setattr(rlhf, "ppo_update", watched)
+        or update(policy, optimizer, e, config, *rest)))
     clock = SimpleNamespace(perf_counter=itertools.count().__next__)  # a look takes a second
     monkeypatch.setattr(rlhf, "time", clock)
     policy, train = ppo_stage()
@@ -1399,19 +1183,16 @@ def test_each_ppo_iteration_follows_the_kl_of_the_one_before(monkeypatch):
         assert metrics["update_tokens_per_s"] == pytest.approx(2 * 8 * metrics["length"])
         beta = adapt_kl_coef(beta, metrics["kl"], 1e-6)
     assert seen == [(1e-5, metrics["kl_coef"]) for metrics in log] and beta != 0.2
-    policy, train = ppo_stage(kl_target=None)
-    assert {metrics["kl_coef"] for metrics in train(policy)} == {0.2}
+    assert {metrics["kl_coef"] for metrics in ppo_stage(kl_target=None)[1](policy)} == {0.2}
 
 # ======== 13. The program: what its tests share ==================================================
-
-SHARED = REPO.parent / "shared" / "data"  # optional real data
 BYTES = "\n".join(f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256))
 GOOD_LINE = '{"prompt": "A", "chosen": " b.", "rejected": " c."}'
 SIZES = dict(n_layer=1, n_head=2, n_embd=16, block_size=96, max_new_tokens=8, lm_epochs=1,
              lm_batch_size=8, rm_batch_size=8, ppo_iterations=3, ppo_batch_size=8, ppo_epochs=2,
              minibatch_size=4, micro_batch_size=4, eval_prompts=6, device="cpu")
-SMALL = [f"--{name}={value}" for name, value in SIZES.items()]
 FILES = ("lm.pt", "reward.pt", "policy.pt")
+CURVES = show.curves  # the fixture `no_picture` takes it away
 
 def write_data(directory, preferences, **files):
     """A data directory: preferences are rows or raw lines; corpus="…" writes corpus.txt."""
@@ -1419,8 +1200,8 @@ def write_data(directory, preferences, **files):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in preferences]
     (directory / "preferences.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     for name, text in files.items():
-        name += ".tiktoken" if name == "tokenizer" else ".txt"
-        (directory / name).write_bytes(text.encode())
+        ending = "tiktoken" if name == "tokenizer" else "txt"
+        (directory / f"{name}.{ending}").write_bytes(text.encode())
     return directory
 
 def loaded(directory, rows, context=64, **files):
@@ -1434,29 +1215,37 @@ def texts(data, side):
             {(data.text(x), *map(data.text, ys)) for x, ys in part.comparisons},
             {data.text(x) for x in part.prompts})
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def no_picture():
     """The plotting library takes a second to import."""
-    monkeypatch.setattr(show, "curves", lambda out: "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(show, "curves", lambda out: "")
+        yield
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory):
-    """A whole run at reduced size: its config, folders, flags, and the record that it returned."""
+    """A whole run at reduced size: its config, folders and flags."""
     base = tmp_path_factory.mktemp("run")
-    head = {name: "\n".join((dataset.SHIPPED / name).read_text("utf-8").split("\n")[:n])
-            for name, n in (("preferences.jsonl", 40), ("corpus.txt", 60))}
-    data = write_data(base / "data", [head["preferences.jsonl"]], corpus=head["corpus.txt"])
+    preferences, corpus = ["\n".join((dataset.SHIPPED / name).read_text("utf-8").split("\n")[:60])
+                           for name in ("preferences.jsonl", "corpus.txt")]
+    data = write_data(base / "data", [preferences], corpus=corpus)
     config = Config(**SIZES, data_dir=str(data), out_dir=str(base / "out"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(show, "curves", lambda out: "")
-        record = rlhf.run(config)
-    return SimpleNamespace(config=config, data=data, out=base / "out", record=record,
-                           flags=[*SMALL, f"--data={data}"])
+    rlhf.run(config)
+    flags = [f"--{name}={value}" for name, value in SIZES.items()] + [f"--data={data}"]
+    return SimpleNamespace(config=config, data=data, out=base / "out", flags=flags)
 
 @pytest.fixture
 def again(first_run, tmp_path):
     """A copy of the first run's folder, to go on from."""
     return Path(shutil.copytree(first_run.out, tmp_path / "copy"))
+
+@pytest.fixture
+def world_run(first_run, again, monkeypatch):
+    """The Config of a copy of the first run, whose data count as shipped: with a true reward."""
+    monkeypatch.setattr(dataset, "SHIPPED", first_run.data.resolve())
+    config = dataclasses.replace(first_run.config, out_dir=str(again))
+    rlhf.run(config, fresh="ppo")
+    return config
 
 @pytest.fixture
 def shell(monkeypatch, capsys):
@@ -1472,8 +1261,7 @@ def shell(monkeypatch, capsys):
                 show.program("command", module.main)
             except SystemExit as caught:
                 status = caught.code
-        output = capsys.readouterr()
-        return status, output.out, output.err
+        return status, *capsys.readouterr()
     return call
 
 @pytest.fixture
@@ -1485,14 +1273,6 @@ def refused(shell):
         return problem
     return call
 
-def python(*arguments, cwd=REPO, end="", **environment):
-    """Run python in a process of its own; `end` is what follows the command in a shell."""
-    command = ["bash", "-c", f'"$@" {end}', "bash", sys.executable, *map(str, arguments)]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "MPLBACKEND": "nonsense",
-                   **environment}
-    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True,
-                          encoding="utf-8", errors="backslashreplace")
-
 def contents(folder):
     """{name: bytes} of the files of a folder."""
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
@@ -1502,26 +1282,19 @@ def weights(out, name):
 
 def ends_alike(a, b):
     """Two runs left the same weights, log (but for the clock) and samples, and nothing else."""
-    a, b = contents(a), contents(b)
-    assert a.keys() == b.keys() == {*FILES, "log.jsonl", "samples.jsonl"}
+    assert contents(a).keys() == contents(b).keys() == {*FILES, "log.jsonl", "samples.jsonl"}
     for name in FILES:
-        ours, theirs = (torch.load(io.BytesIO(x[name]), weights_only=True) for x in (a, b))
-        assert same(ours["weights"], theirs["weights"]), name
-    ours, theirs = ([{k: v for k, v in json.loads(line).items()
-                      if "seconds" not in k and "per_s" not in k}
-                     for line in x["log.jsonl"].splitlines()] for x in (a, b))
-    assert ours == theirs and a["samples.jsonl"] == b["samples.jsonl"]
+        assert same(weights(a, name), weights(b, name)), name
+    logs = [list(map(timeless, dataset.read_records(f"{x}/log.jsonl"))) for x in (a, b)]
+    assert logs[0] == logs[1]
+    assert contents(a)["samples.jsonl"] == contents(b)["samples.jsonl"]
 
 # ======== 14. Data ===============================================================================
-
 HI = "\n\nHuman: Hi\n\nAssistant:"
 MORE = HI + " A\n\nHuman: B\n\nAssistant:"
-
 @pytest.mark.parametrize("row, expected", [
     ({"prompt": "A", "chosen": " b", "rejected": " c", "margin": None}, ("A", " b", " c")),
-    ({"prompt": "", "responses": ["one", "two", "three"]}, ("", "one", "two", "three")),
     ({"prompt": "A", "responses": [" b", " c", " b", " d"]}, ("A", " b", " c", " d")),  # a tie
-    ({"chosen": HI + " Yes.", "rejected": HI + " No."}, (HI, " Yes.", " No.")),
     ({"chosen": MORE + " C", "rejected": MORE + " D"}, (MORE, " C", " D")),
     ({"chosen": MORE + " C", "rejected": HI + " X"}, (HI, MORE[len(HI):] + " C", " X")),
     ({"chosen": "Yes.", "rejected": "Yet."}, ("", "Yes.", "Yet."))])
@@ -1529,19 +1302,22 @@ def test_three_forms_of_preferences_are_read(tmp_path, row, expected):
     """A pair, a ranking, or two dialogues whose prompt ends at the last turn that they share."""
     data = loaded(tmp_path, [row, {"prompt": "P", "responses": [" q", " r"]}], 256)
     assert texts(data, "train")[1] | texts(data, "held_out")[1] == {expected, ("P", " q", " r")}
-    for x, ys in data.train.comparisons:
-        assert x[0] == data.eos_token and all(y[-1] == data.eos_token for y in ys)
+    x, ys = data.train.comparisons[0]
+    assert x[0] == data.eos_token and all(y[-1] == data.eos_token for y in ys)
 
 def test_nothing_that_is_held_out_trains_and_adding_rows_moves_none(tmp_path):
     """held out = a hash of the text, not of its place in the file or of a seed."""
     rows = [{"prompt": f"Film {i % 150} is", "responses": [f" good {i}.", f" bad {i}."]}
             for i in range(300)]
-    lines = [f"Document number {i}." for i in range(300)]
+    lines = [f"Document number {i + 1000}." for i in range(300)]
     lines += [row["prompt"] + y for row in rows for y in row["responses"]]
     few = loaded(tmp_path / "few", rows[100:200], corpus="\n".join(lines[:90]))
     many = loaded(tmp_path / "many", rows[::-1], corpus="\n".join(lines))
+    bare = loaded(tmp_path / "bare", rows)
     for side in ("train", "held_out"):
         assert all(a < b for a, b in zip(texts(few, side), texts(many, side)))
+        # Without a corpus, the documents are the prompts with their best responses.
+        assert texts(bare, side)[0] == {x + best for x, best, _ in texts(bare, side)[1]}
     trained, held = texts(many, "train"), texts(many, "held_out")
     assert not any(a & b for a, b in zip(trained, held))
     assert [len(a) + len(b) for a, b in zip(trained, held)] == [900, 300, 150]
@@ -1550,43 +1326,27 @@ def test_nothing_that_is_held_out_trains_and_adding_rows_moves_none(tmp_path):
     assert {x for x, *_ in held[1]} == held[2]
     assert not {x + y for x, *ys in held[1] for y in ys} & trained[0]
     # The tokenizer has seen training text alone.
-    pieces = [{*dataset.PIECE.findall("\n".join([*a, *itertools.chain(*b)]))}
-              for a, b, _ in (trained, held)]
     tokens = {token.decode(errors="replace") for token in many.encoding.token_byte_values()}
-    unseen = {piece for piece in pieces[1] - pieces[0] if len(piece) > 1}
+    unseen = {re.search(r" \d{4}", document)[0] for document in held[0] if "number" in document}
     assert unseen and not unseen & tokens and "Document" in tokens
 
-def test_without_a_corpus_the_language_model_learns_from_prompt_and_best_response(tmp_path):
-    """An empty prompt is one prompt: such rows are held out by their responses."""
-    data = loaded(tmp_path, [{"chosen": f"Good {i}.", "rejected": f"Bad {i}."} for i in range(200)])
-    for side in ("train", "held_out"):
-        documents, comparisons, _ = texts(data, side)
-        assert documents == {best for _, best, _ in comparisons} and len(documents) > 5
-    assert any("no corpus.txt" in note for note in data.notes)
-
 BROKEN = [("preferences.jsonl", line, problem) for line, problem in (
-    (b"{not json", "not JSON"), (GOOD_LINE[:-3].encode(), "not JSON"), (b"[" * 99999, "not JSON"),
-    (b"[1, 2]", "not a JSON object"), (b"null", "not a JSON object"), (b"{}", "'chosen'"),
+    (b"{not json", "not JSON"), (b"[" * 5 * 2**20, "not JSON"), (b"null", "not a JSON object"),
     (b'{"prompt": "A", "chosen": "b"}', "'rejected'"), (b'{"responses": ["a", "b"]}', "'prompt'"),
-    (b'{"prompt": "A", "chosen": "b", "rejected": 3}', "int"),
     (b'{"prompt": null, "chosen": "b", "rejected": "c"}', "NoneType"),
-    (b'{"chosen": [{"role": "user"}], "rejected": []}', "list"),
-    (b'{"prompt": "A", "responses": "bc"}', "'responses'"),
     (b'{"prompt": "A", "responses": ["b"]}', "'responses'"),
-    (b'{"prompt": "A", "responses": ["b", NaN]}', "float"),
     (b'{"prompt": "A", "chosen": "\\ud800", "rejected": "c"}', "surrogate"),
     (b'{"prompt": "A", "chosen": "caf\xe9", "rejected": "c"}', "UTF-8"))]
 BROKEN += [("corpus.txt", b"tw\xffo", "UTF-8"), ("prompts.txt", b"\xfe", "UTF-8")]
 BROKEN += [("tokenizer.tiktoken", line, "expected base64") for line in (
-    b"Ag==x 2", b"Ag==", b"Ag== 7", b"Ag== two", b"AA== 2", b" 2", b"QUFB" * 400 + b" 2")]
-
-@pytest.mark.parametrize("name, line, problem", [
-    pytest.param(*row, id=f"{row[0]} {n} {row[2]}") for n, row in enumerate(BROKEN)])
-def test_a_broken_line_is_named_by_file_and_line(tmp_path, refused, name, line, problem):
+    b"Ag==x 2", b"Ag==", b"Ag== 7", b"AA== 2", b" 2", b"QUFB" * 400 + b" 2")]
+@pytest.mark.parametrize("n", range(len(BROKEN)))
+def test_a_broken_line_is_named_by_file_and_line(tmp_path, refused, n):
     """FILE:LINE: what is wrong, what was expected; status 2 before anything is written."""
+    name, line, problem = BROKEN[n]
     write_data(tmp_path, [GOOD_LINE])
-    lines = BYTES.split("\n") if name.startswith("tok") else [GOOD_LINE, "", "", "more"]
-    lines = [good.encode() for good in lines]
+    good = BYTES if name.startswith("tokenizer") else f"{GOOD_LINE}\n\n\nmore"
+    lines = good.encode().split(b"\n")
     (tmp_path / name).write_bytes(b"\n".join([*lines[:2], line, *lines[3:]]))
     message = refused(rlhf, "--data", tmp_path, "--out_dir", tmp_path / "out")
     assert message.startswith(f"command: {tmp_path / name}:3: ") and len(message) < 400
@@ -1596,178 +1356,66 @@ def test_a_broken_line_is_named_by_file_and_line(tmp_path, refused, name, line, 
 LONG = "b " * 80
 UNUSABLE = {"comparison with identical answers": [["A", " b.", " b."]],
             "comparison with an empty answer": [["A", " ", " c."], ["A", " b.", "\n", " d"]],
-            "comparison longer than the context": [["A", LONG, " c."], ["A", " b.", LONG],
-                                                   [LONG, " b.", " c."]]}
-
+            "comparison longer than the context": [["A", " b.", LONG], [LONG, " b.", " c."]]}
 def test_unusable_rows_are_skipped_and_each_reason_is_counted_and_told(tmp_path, capsys, refused):
-    """Also where nothing usable is left: then with what would help."""
+    """Also where nothing usable is left, then with what would help; a line of megabytes too."""
     rows = [{"prompt": x, "responses": ys} for bad in UNUSABLE.values() for x, *ys in bad]
     good = [json.loads(GOOD_LINE), {"prompt": "A", "responses": [" d.", " e."]}]
-    files = dict(corpus=f"one\n{LONG}\n  \n\ntwo\n", prompts=f"x\n\ny\n{LONG}\n x\nx\n")
+    files = dict(corpus=f"one\n{LONG}\n  \n\ntwo\n{'a' * 5 * 2**20}", prompts=f"x\n\ny\n{LONG}\nx")
     data = loaded(tmp_path / "some", rows + ["  "] + good, 40, **files)
     assert data.skipped == {reason: len(bad) for reason, bad in UNUSABLE.items()} | {
-        "document longer than the context": 1, "prompt that leaves no room for a response": 1}
+        "document longer than the context": 2, "prompt that leaves no room for a response": 1}
     assert texts(data, "train") == texts(data, "held_out") == (
-        {"one", "two"}, {("A", " b.", " c."), ("A", " d.", " e.")}, {" x", "x", "y"})
-    assert len(data.notes) == 3 and not data.shipped  # too few to hold any out
+        {"one", "two"}, {("A", " b.", " c."), ("A", " d.", " e.")}, {"x", "y"})
     show.describe(data, "cpu")
     printed = capsys.readouterr().out
     assert all(f"skipped: {n} rows: {reason}" in printed for reason, n in data.skipped.items())
-    assert all(note in printed for note in data.notes)
-    write_data(tmp_path / "none", rows, **files)
-    problem = refused(rlhf, "--data", tmp_path / "none", "--block_size=40", "--max_new_tokens=8")
+    assert len(data.notes) == 3 and all(note in printed for note in data.notes)  # none held out
+    write_data(tmp_path, rows)
+    problem = refused(rlhf, "--data", tmp_path, "--block_size=40", "--max_new_tokens=8")
     assert "no usable comparisons" in problem and "--block_size" in problem
     assert all(f"'{reason}': {len(bad)}" in problem for reason, bad in UNUSABLE.items())
-    assert f"{tmp_path}/preferences.jsonl: no such" in refused(rlhf, "--data", tmp_path)
-
-@pytest.fixture(scope="module")
-def shipped():
-    return dataset.load(dataset.SHIPPED, 256, 64)
-
-def test_the_tokenizer_made_from_the_training_text_writes_whole_words(shipped):
-    """The shipped text is words with their spaces, a token each, and nothing of it is skipped."""
-    assert not shipped.skipped and not shipped.notes and shipped.shipped
-    for document in (shipped.train.documents + shipped.held_out.documents)[::50]:
-        pieces = shipped.encoding.decode_tokens_bytes(document[1:-1])
-        assert [x.decode() for x in pieces] == dataset.PIECE.findall(shipped.text(document))
-    for name in ("documents", "comparisons", "prompts"):
-        a, b = (len(getattr(side, name)) for side in (shipped.train, shipped.held_out))
-        assert 0.07 < b / (a + b) < 0.13, name
+    write_data(tmp_path, rows, tokenizer=BYTES.rsplit("\n", 1)[0])
+    assert ":256: expected tokens for all 256 bytes" in refused(rlhf, "--data", tmp_path)
 
 ODD_TEXTS = ["", " ", "\n\n\t ", "naïve café — “quotes” …", "🎬👩‍👩‍👧 家族 кино", "e\u0301 ½ ² ٣",
              "\x00\x1c\x7f\x85\u2028\u200d\ufeff", "<|endoftext|>", "a" * 300, "x1y22z333_4__",
              " lots   of\r\n\r\nspace  ", "'s 't don't", "".join(map(chr, range(32, 1300)))]
-
-def test_any_text_goes_through_a_tokenizer_unchanged_and_is_never_an_end_token(shipped):
-    """decode(encode(text)) = text, byte for byte; also with one made from other text."""
-    encoding, eos = shipped.encoding, shipped.eos_token
+@pytest.mark.parametrize("seen", [ODD_TEXTS, ["It don't rain."]])
+def test_any_text_goes_through_a_tokenizer_unchanged_and_is_never_an_end_token(seen):
+    """decode(encode(text)) = text, byte for byte; what it was made from is whole words."""
+    encoding = dataset.train_encoding(seen)
     again = dataset.make_encoding(**dataset.encoding_state(encoding))
-    trained = dataset.train_encoding(ODD_TEXTS)
-    assert eos == encoding.n_vocab - 1 == encoding.eot_token
     for text in ODD_TEXTS:
         tokens = encoding.encode_ordinary(text)
-        assert shipped.text([eos, *tokens, eos]) == text and eos not in tokens
-        assert again.encode_ordinary(text) == tokens
-        assert trained.decode(trained.encode_ordinary(text)) == text
-        assert "".join(dataset.PIECE.findall(text)) == text
-    assert "\ufffd" in shipped.text(encoding.encode_ordinary("🎬")[:-1])  # half a character
+        assert encoding.decode(tokens) == text == "".join(dataset.PIECE.findall(text))
+        assert encoding.eot_token not in tokens == again.encode_ordinary(text)
+    words = encoding.decode_tokens_bytes(encoding.encode_ordinary(seen[-1]))
+    assert seen is ODD_TEXTS or words == [b"It", b" don't", b" rain", b"."]
 
-def test_a_tokenizer_of_ones_own_is_used_and_must_have_every_byte(tmp_path):
-    """256 bytes are enough; one more token ends a text."""
-    data = loaded(tmp_path, [GOOD_LINE], tokenizer=BYTES)
-    assert data.train.comparisons == [([256, 65], [[32, 98, 46, 256], [32, 99, 46, 256]])]
-    with pytest.raises(dataset.DataError, match=r"tokenizer.tiktoken:256: .* all 256 bytes"):
-        loaded(tmp_path, [GOOD_LINE], tokenizer=BYTES.rsplit("\n", 1)[0])
-
-def test_a_byte_order_mark_crlf_and_unicode_line_ends_split_no_text(tmp_path):
+def test_byte_order_marks_line_ends_and_torn_lines_split_and_lose_no_text(tmp_path):
     """U+0085, U+2028 and U+2029 stay within a line, and the text of a special token is text."""
     odd = "a\x85b\u2028c\u2029d\x0be<|endoftext|>"
     row = json.dumps({"prompt": odd, "chosen": " x", "rejected": " y" + odd}, ensure_ascii=False)
     a = loaded(tmp_path, [row] * 2, corpus=f"{odd}\ntwo\n")
-    assert texts(a, "train")[:2] == ({odd, "two"}, {(odd, " x", " y" + odd)})
     for path in tmp_path.iterdir():
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     b = dataset.load(tmp_path, 64, 8)
-    assert texts(a, "train") == texts(b, "train") and a.skipped == b.skipped
-    assert a.fingerprint != b.fingerprint  # of every byte
-
-def test_records_with_any_text_are_read_back_and_a_torn_line_is_passed_over(tmp_path):
-    """JSON has no NaN; a line that a kill tore is no record."""
-    rows, path = [{"text": "ü\x85\u2028\u2029\n\x1b", "x": 1.5}, {"b": None}], tmp_path / "log"
-    dataset.write_records(path, [rows[0], {"b": math.nan}])
-    with open(path, "ab") as file:
+    assert texts(a, "train") == texts(b, "train") == (
+        {odd, "two"}, {(odd, " x", " y" + odd)}, {odd}) and a.fingerprint != b.fingerprint
+    # Records are read back; JSON has no NaN, and a line that a kill tore is no record.
+    dataset.write_records(tmp_path / "log", [{"text": odd, "x": 1.5}, {"b": math.nan}])
+    with open(tmp_path / "log", "ab") as file:
         file.write(b'\n[]\n3\n\xff\n{"text": "torn')
-    assert dataset.read_records(path) == rows
-
-def test_a_line_of_megabytes_is_skipped_or_named(tmp_path):
-    """5 MB of one sign, of brackets, of digits: no minutes, no traceback."""
-    size = 5 * 2**20
-    long = {"preferences.jsonl": [b"[" * size, b"7" * size, b'{"chosen": "' + b"\\" * size],
-            "corpus.txt": [b"x\n" + b"a" * size, b"x\n" + b" " * size, b"x\n" + b"\xff" * size]}
-    for name, raw in [(name, raw) for name, raws in long.items() for raw in raws]:
-        write_data(tmp_path, [GOOD_LINE], corpus="x\n")
-        (tmp_path / name).write_bytes(raw)
-        try:
-            assert sum(dataset.load(tmp_path, 64, 8).skipped.values()) == (b" " not in raw[2:9])
-        except dataset.DataError as error:
-            assert str(error).startswith(f"{tmp_path / name}:") and len(str(error)) < 400
-
-def sound(line):
-    """Whether a line of preferences has one of the three forms: written anew, for the mutants."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-        if "responses" in row:
-            ys, x = row["responses"], row["prompt"]
-        else:
-            ys, x = [row["chosen"], row["rejected"]], row.get("prompt", "")
-        return isinstance(ys, list) and len(ys) > 1 and all(
-            isinstance(text, str) and text.encode() is not None for text in (x, *ys))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
-
-def mutate(folder, number, seed=0):
-    """Load mutants of data files: each is read, or refused in one line that names the file.
-
-    Cut, doubled, flipped and foreign bytes. Returns how many were refused.
-    """
-    draw, refusals = random.Random(seed), 0
-    rows = ['{"chosen": "é\\n\\nAssistant: a", "rejected": "é\\n\\nAssistant: b"}',
-            '{"prompt": "A", "responses": [" b", " c", " d"]}', GOOD_LINE]
-    files = {"preferences.jsonl": "\n".join(rows * 2), "corpus.txt": "One review.\nÜber-film 🎬.\n",
-             "prompts.txt": "The\nA\n", "tokenizer.tiktoken": BYTES + "\nIGI= 256"}
-    files = {name: text.encode() for name, text in files.items()}
-    pieces = [b"\x00", b"\xff", b"\n", b"\r", b'"', b"\\ud800", b"{", b"}", b"[]", b"null", b" ",
-              b"\xef\xbb\xbf", b"1e999", b"NaN", b"<|endoftext|>", b"\xc3", b"9" * 5000]
-    for _ in range(number):
-        name = draw.choice(list(files))
-        raw = files[name]
-        for _ in range(draw.randrange(1, 4)):
-            at = draw.randrange(len(raw) + 1)
-            flipped = bytes(b ^ 1 << draw.randrange(8) for b in raw[at:at + 1])
-            raw = raw[:at] + draw.choice([
-                draw.choice(pieces) + raw[at:], raw[at + draw.randrange(1, 30):],
-                flipped + raw[at + 1:], raw[max(0, at - draw.randrange(40)):]])
-        for each in files:
-            (folder / each).write_bytes(raw if each == name else files[each])
-        broken = name == "preferences.jsonl" and not all(
-            sound(line) for line in raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-            if line.decode("utf-8", errors="replace").strip())
-        try:
-            dataset.load(folder, 64, 8)
-            assert not broken, raw
-        except dataset.DataError as error:
-            refusals += 1
-            assert "\n" not in str(error) and str(error).startswith(str(folder)), (name, raw)
-        except BaseException as error:  # a panic of the tokenizer's library is no Exception
-            pytest.fail(f"{name} {raw}: {error!r}")
-    return refusals
-
-def test_a_mutant_of_a_data_file_is_read_or_refused_in_one_line(tmp_path):
-    """And no line trains that has none of the three forms."""
-    assert 60 < mutate(tmp_path, 200) < 190
-
-@pytest.mark.parametrize("name", ["hh_helpful", "movie_sentences"])
-def test_real_preferences_load_and_their_skipped_rows_are_counted(name):
-    """Real data are messy: what cannot be used is counted by its reason, the rest trains."""
-    if not (SHARED / name).is_dir():
-        pytest.skip(f"optional data {name} is not there")
-    data = dataset.load(SHARED / name, 256, 64)
-    rows = [line for line in open(SHARED / name / "preferences.jsonl", "rb") if line.strip()]
-    both = data.train.comparisons + data.held_out.comparisons
-    skipped = sum(n for why, n in data.skipped.items() if why.startswith("comparison"))
-    assert len(both) + skipped == len(rows) and len(both) > 400
-    assert all(len(x) + max(map(len, ys)) <= 256 for x, ys in both)
-    assert name != "hh_helpful" or all(data.text(x).endswith("Assistant:") for x, _ in both)
+    assert dataset.read_records(tmp_path / "log") == [{"text": odd, "x": 1.5}, {"b": None}]
 
 # ======== 15. Checkpoints ========================================================================
-
 class Killed(BaseException):
     """As kill -9: nothing in the program catches it."""
 
 def killing(at, function=None, error=Killed):
     """The function, whose call number `at` never happens."""
     calls = itertools.count(1)
-
     def mortal(*arguments, **more):
         if next(calls) == at:
             raise error
@@ -1776,12 +1424,9 @@ def killing(at, function=None, error=Killed):
 
 MOMENTS = [(show, "progress", (1, 9, 13)), (os, "fsync", (1, 3, 6)), (os, "replace", (2, 4)),
            (builtins, "open", (2, 5, 8, 13)), (rlhf, "evaluate", (1,))]
-
-@pytest.mark.parametrize("owner, name, at", [
-    pytest.param(owner, name, at, id=f"{name} {at}") for owner, name, ats in MOMENTS for at in ats])
-def test_a_run_that_is_killed_at_any_moment_ends_bit_identical(first_run, tmp_path, monkeypatch,
-                                                               owner, name, at):
-    """In a step, before and after a file is written: the same command goes on to the same end."""
+@pytest.mark.parametrize("owner, name, at", [(*m[:2], at) for m in MOMENTS for at in m[2]])
+def test_a_killed_run_ends_bit_identical(first_run, tmp_path, monkeypatch, owner, name, at):
+    """In a step, before or after a file is written: the same command goes on to the same end."""
     config = dataclasses.replace(first_run.config, out_dir=str(tmp_path / "out"))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, name, killing(at, getattr(owner, name)))
@@ -1791,44 +1436,26 @@ def test_a_run_that_is_killed_at_any_moment_ends_bit_identical(first_run, tmp_pa
         file.unlink()  # of a write that was killed
     ends_alike(first_run.out, tmp_path / "out")
 
-SUICIDE = """
-import os, signal
-import rlhf
-from data import show
-progress = show.progress
-def last_words(stage, seconds, metrics):
-    progress(stage, seconds, metrics)
-    if stage == "ppo" and metrics["step"] == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-show.progress = last_words
-rlhf.main()
-"""
-
-def test_kill_9_costs_nothing_but_time(first_run, tmp_path):
-    """In the second step of PPO, in a process of its own."""
-    out = tmp_path / "out"
-    done = python("-c", SUICIDE, *first_run.flags, "--out_dir", out)
-    assert done.returncode in (-9, 128 + 9), done.stderr  # bash may stand between
-    assert (out / "policy.pt").exists() and not (out / "samples.jsonl").exists()
-    rlhf.run(dataclasses.replace(first_run.config, out_dir=str(out)))
-    ends_alike(first_run.out, out)
-
-def test_a_run_leaves_what_the_design_promises(first_run):
-    """A log of every stage whose last record is the evaluation, and the samples."""
-    log = dataset.read_records(first_run.out / "log.jsonl")
+def test_a_run_leaves_what_the_design_promises(world_run):
+    """A log of every stage, the evaluation last, and the samples, judged by the true reward."""
+    log, samples = (dataset.read_records(f"{world_run.out_dir}/{name}.jsonl")
+                    for name in ("log", "samples"))
     assert list(dict.fromkeys(row["stage"] for row in log)) == [*rlhf.FILES, "evaluation"]
-    assert log[-1] == {"stage": "evaluation", "step": 1, **first_run.record}
-    ppo = [row for row in log if row["stage"] == "ppo"]
-    assert [row["step"] for row in ppo] == [1, 2, 3]
-    for key in ("reward kl kl_k3 entropy approx_kl clip_fraction explained_variance value_loss "
-                "length ended rollout_tokens_per_s update_tokens_per_s seconds").split():
-        assert all(math.isfinite(row[key]) for row in ppo), key
-    for key in ("reward_lm reward_ppo win_rate win_rate_low win_rate_high kl ended_lm ended_ppo "
-                "length_lm length_ppo distinct_ppo reward_model_accuracy language_model_loss "
-                "seconds seconds_language_model seconds_reward_model seconds_ppo").split():
-        assert math.isfinite(first_run.record[key]), key
-    for sample in dataset.read_records(first_run.out / "samples.jsonl"):
-        assert {"prompt", "lm", "ppo", "reward_lm", "reward_ppo", "kl"} <= sample.keys()
+    ppo, record = [row for row in log if row["stage"] == "ppo"], log[-1]
+    for row, names in (
+            (ppo[0], "reward kl kl_k3 entropy approx_kl clip_fraction explained_variance ended "
+             "value_loss length rollout_tokens_per_s update_tokens_per_s seconds true_reward"),
+            (record, "reward_lm reward_ppo win_rate win_rate_low win_rate_high kl ended_lm seconds "
+             "length_lm distinct_ppo reward_model_accuracy language_model_loss seconds_ppo")):
+        assert set(names.split()) <= row.keys()
+    for side in ("lm", "ppo"):
+        true = [annotator.true_reward(s["prompt"], s[side]) for s in samples]
+        assert [s[f"true_reward_{side}"] for s in samples] == pytest.approx(true, abs=1e-4)
+        assert record[f"true_reward_{side}"] == pytest.approx(np.mean(true), abs=1e-4)
+    data = dataset.load(world_run.data_dir, 96, 8)  # the ceiling: how well r* predicts the labels
+    rankings = [torch.tensor([annotator.true_reward(data.text(x), data.text(y)) for y in ys])
+                for x, ys in data.held_out.comparisons]
+    assert record["reward_model_ceiling"] == rlhf.ranking_accuracy(rankings)
 
 # Another value for each setting, by the stage whose weights depend on it first.
 OTHER = {"language_model": dict(
@@ -1841,10 +1468,8 @@ OTHER = {"language_model": dict(
                      gamma=0.9, lam=0.5, value_clip=0.01, value_coef=0.5, entropy_coef=0.5,
                      early_stop_kl=1e-6, missing_eos_score=None),
          None: dict(eval_prompts=5, device="auto")}
-
 @pytest.mark.parametrize("stage", OTHER)
-def test_another_value_of_any_setting_is_refused_or_changes_no_weight(first_run, again, tmp_path,
-                                                                      stage):
+def test_another_setting_is_refused_or_changes_no_weight(first_run, again, tmp_path, stage):
     """Every stage that is not refused ends with the same weights in a run from the beginning."""
     names = {name for group in OTHER.values() for name in group}
     assert names | {"out_dir", "data_dir", "init"} == {f.name for f in dataclasses.fields(Config)}
@@ -1859,22 +1484,24 @@ def test_another_value_of_any_setting_is_refused_or_changes_no_weight(first_run,
     for name in FILES[:kept]:
         assert same(weights(tmp_path / "anew", name), weights(again, name)), name
 
-def test_other_data_are_refused_and_the_same_data_elsewhere_are_not(first_run, again, tmp_path,
-                                                                    refused):
-    """What counts is every byte that is read, not the folder's name."""
-    moved = Path(shutil.copytree(first_run.data, tmp_path / "moved"))
-    rlhf.run(dataclasses.replace(first_run.config, data_dir=str(moved), out_dir=str(again)))
-    ends_alike(first_run.out, again)
-    before, (_, _, encoding) = contents(again), rlhf.load(again / "lm.pt")
-    words = dataset.encoding_state(encoding)["tokens"]
-    ranks = [f"{base64.b64encode(word).decode()} {rank}" for rank, word in enumerate(words)]
+def test_only_other_data_are_refused(first_run, again, tmp_path, monkeypatch, shell, refused):
+    """What counts is every byte that is read; a checkpoint holds its tokenizer and settings."""
+    shown = shell(look, "sample", "It is a", "--out_dir", first_run.out)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(first_run.data, "my")
+    flags = [*first_run.flags, "--data", "my", "--out_dir", "copy"]
+    assert shell(rlhf, *flags)[1].count(": done (") == 3
+    ends_alike(first_run.out, "copy")
+    before, (_, _, encoding) = contents("copy"), rlhf.load("copy/lm.pt")
+    ranks = [f"{base64.b64encode(word).decode()} {rank}" for rank, word in enumerate(
+        dataset.encoding_state(encoding)["tokens"])]
     for name, more in (("corpus.txt", "One more.\n"), ("tokenizer.tiktoken", "\n".join(ranks)),
                        ("prompts.txt", "The\n")):
-        with open(moved / name, "a") as file:
+        with open(f"my/{name}", "a") as file:
             file.write(more)
-        line = refused(rlhf, *first_run.flags, "--data", moved, "--out_dir", again)
-        assert "lm.pt was made with data " in line and "--fresh language_model" in line
-        assert contents(again) == before
+        assert "lm.pt was made with data " in refused(rlhf, *flags) and contents("copy") == before
+    monkeypatch.chdir("copy")
+    assert shell(look, "sample", "It is a", "--out_dir", ".") == shown and "PPO policy" in shown[1]
 
 class Explosive(str):
     """A pickle that would make a directory of this name while it is read."""
@@ -1887,117 +1514,61 @@ def torch_bytes(content):
     torch.save(content, raw)
     return raw.getvalue()
 
-def test_whatever_is_refused_leaves_every_file_as_it_was(first_run, again, tmp_path, refused):
-    """--fresh with other data, with another seed, with a cut, foreign or missing file."""
+def test_a_refusal_leaves_every_file_as_it_was(first_run, again, tmp_path, monkeypatch, refused):
+    """--fresh with other data, another seed, a cut, foreign or missing file, on a full disk."""
     def answer(*more):
         before = contents(again)
         line = refused(rlhf, *first_run.flags, "--out_dir", again, *more)
         assert contents(again) == before
         return line
-
     other = write_data(tmp_path / "other", [GOOD_LINE])
     assert "data" in answer("--fresh", "ppo", "--data", other)
     assert "seed 0, now 9" in answer("--fresh", "reward_model", "--seed", "9")
     assert "abacus" in answer("--fresh", "ppo", "--device", "abacus")
     whole = (again / "lm.pt").read_bytes()
-    for foreign in (whole[:len(whole) // 2], b"", b"hello", torch_bytes([1, 2]), torch_bytes({}),
-                    torch_bytes({"weights": {}}), torch_bytes({"x": Explosive(tmp_path / "boom")})):
+    for foreign in (whole[:len(whole) // 2], b"", torch_bytes([1, 2]), torch_bytes({"weights": {}}),
+                    torch_bytes({"x": Explosive(tmp_path / "boom")})):
         (again / "lm.pt").write_bytes(foreign)
-        for flags in ([], ["--fresh", "ppo"]):
-            assert f"{again}/lm.pt" in answer(*flags)
+        assert f"{again}/lm.pt" in answer() and f"{again}/lm.pt" in answer("--fresh", "ppo")
         assert f"{again}/lm.pt" in refused(look, "explain", "--out_dir", again)
     assert not (tmp_path / "boom").exists()
     (again / "lm.pt").unlink()
-    for flags in ([], ["--fresh", "ppo"]):
-        assert "reward.pt was made with an earlier file, which is missing" in answer(*flags)
+    assert "reward.pt was made with an earlier file, which is missing" in answer("--fresh", "ppo")
+    (again / "lm.pt").write_bytes(whole)
+    monkeypatch.setattr(os, "fsync", killing(1, error=OSError(28, "No space left on device")))
+    line = refused(rlhf, *first_run.flags, "--out_dir", again, "--fresh", "ppo")
+    assert f"{again}/policy.pt: No space" in line and not list(again.glob("*.tmp"))
 
 def test_fresh_starts_over_from_a_stage_on(first_run, again, monkeypatch, shell):
     """At the first save of a fresh stage the later files go; the earlier ones stay."""
-    kept = contents(again)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(show, "progress", killing(2, show.progress))
         rlhf.run(dataclasses.replace(first_run.config, out_dir=str(again)), fresh="reward_model")
-    assert contents(again)["lm.pt"] == kept["lm.pt"] and not (again / "policy.pt").exists()
+    assert not (again / "policy.pt").exists()
     for fresh, done in (([], 1), (["--fresh", "ppo"], 2), (["--fresh"], 0)):
         status, printed, _ = shell(rlhf, *first_run.flags, "--out_dir", again, *fresh)
         assert status == 0 and printed.count(": done (") == done
-        assert ("reward_model: goes on" in printed) == (not fresh)
         ends_alike(first_run.out, again)
-
-def test_a_run_folder_can_be_moved_and_used_from_another_working_directory(
-        first_run, again, tmp_path, monkeypatch, shell):
-    """A checkpoint holds its tokenizer and its settings; relative paths are those of the caller."""
-    shown = shell(look, "sample", "It is a", "--out_dir", first_run.out)
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(first_run.data, "my")
-    shutil.copytree(again, "here/there")
-    status, printed, _ = shell(rlhf, *first_run.flags, "--data", "my", "--out_dir", "here/there")
-    assert status == 0 and all(f"{stage}: done" in printed for stage in rlhf.FILES)
-    assert f"{first_run.record['win_rate']:.3f}" in printed and "before" in printed
-    ends_alike(first_run.out, "here/there")
-    write_data(tmp_path / "my", [GOOD_LINE], tokenizer=BYTES)
-    monkeypatch.chdir("here")
-    assert shell(look, "sample", "It is a", "--out_dir", "there") == shown
-    assert shown[0] == 0 and "PPO policy" in shown[1]
-
-def test_a_full_disk_costs_one_line_and_no_checkpoint(first_run, again, tmp_path, monkeypatch,
-                                                     refused):
-    """The line names the file; the last whole checkpoint stays, nothing half is left."""
-    with monkeypatch.context() as patch:
-        full = OSError(28, "No space left on device")
-        patch.setattr(os, "fsync", killing(1, error=full))
-        line = refused(rlhf, *first_run.flags, "--out_dir", again, "--fresh", "ppo")
-    assert f"{again}/policy.pt: No space left" in line and not list(again.glob("*.tmp"))
-    (tmp_path / "file").write_text("not a directory")
-    assert f"{tmp_path}/file: " in refused(rlhf, *first_run.flags, "--out_dir", tmp_path / "file")
-    rlhf.run(dataclasses.replace(first_run.config, out_dir=str(again)))
-    ends_alike(first_run.out, again)
-
-def test_ctrl_c_says_how_to_go_on(monkeypatch, shell):
     monkeypatch.setattr(rlhf, "run", killing(1, error=KeyboardInterrupt))
-    status, _, problem = shell(rlhf)
+    status, _, problem = shell(rlhf)  # Ctrl-C
     assert status == 130 and "the same command, without --fresh, goes on" in problem
 
 @pytest.mark.filterwarnings("error")
-def test_the_smallest_data_and_one_prompt_give_only_finite_figures(tmp_path, shell):
-    """One pair of one-letter answers, sizes of 1, no warning, and nothing that is not a number."""
+def test_the_smallest_data_give_only_finite_figures(first_run, tmp_path, monkeypatch, shell):
+    """One pair of one-letter answers, sizes of 1: no warning; statistics of one are left out."""
     data = write_data(tmp_path / "data", [{"prompt": "", "chosen": "a", "rejected": "b"}],
                       tokenizer=BYTES, corpus="x\ny\nz", prompts="p")
-    flags = [f"--{name}=1" for name in (
-        "lm_batch_size", "rm_batch_size", "ppo_batch_size", "minibatch_size", "ppo_epochs",
-        "eval_prompts", "max_new_tokens", "n_head", "n_embd")]
-    status, printed, problem = shell(rlhf, *SMALL, *flags, "--block_size=4", "--data", data,
-                                     "--out_dir", tmp_path / "out")
+    monkeypatch.setattr(dataset, "SHIPPED", data.resolve())  # with a true reward
+    ones = [f"--{name}=1" for name in SIZES if name not in ("device", "block_size")]
+    status, printed, problem = shell(rlhf, *first_run.flags, *ones, "--block_size=4", "--data",
+                                     data, "--out_dir", tmp_path / "out")
     assert (status, problem) == (0, "")
     assert not re.search(r"\bnan\b|\binf\b|-0\.0+\b", printed), printed
     for row in dataset.read_records(tmp_path / "out" / "log.jsonl"):
         assert all(x is not None and math.isfinite(x) for x in row.values() if x != row["stage"])
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("n", [6, 1])
-def test_shipped_data_are_judged_by_the_true_reward_also_with_one_prompt(first_run, tmp_path,
-                                                                         monkeypatch, n):
-    """true_reward of both sides, logged in PPO too; statistics of one are left out, not NaN."""
-    monkeypatch.setattr(dataset, "SHIPPED", first_run.data.resolve())
-    record = rlhf.run(dataclasses.replace(first_run.config, eval_prompts=n, out_dir=str(tmp_path)))
-    samples = dataset.read_records(tmp_path / "samples.jsonl")
-    for side in ("lm", "ppo"):
-        true = [annotator.true_reward(s["prompt"], s[side]) for s in samples]
-        assert [s[f"true_reward_{side}"] for s in samples] == pytest.approx(true, abs=1e-4)
-        assert record[f"true_reward_{side}"] == pytest.approx(np.mean(true), abs=1e-4)
-    assert all(math.isfinite(x) for x in record.values())
-    assert ("reward_correlation_lm" in record) == (len({s["true_reward_lm"] for s in samples}) > 1)
-    data = dataset.load(first_run.data, 96, 8)
-    rankings = [torch.tensor([annotator.true_reward(data.text(x), data.text(y)) for y in ys])
-                for x, ys in data.held_out.comparisons]
-    assert record["reward_model_ceiling"] == rlhf.ranking_accuracy(rankings)
-    log = dataset.read_records(tmp_path / "log.jsonl")
-    assert all(math.isfinite(row["true_reward"]) for row in log if row["stage"] == "ppo")
+    assert "reward_correlation_lm" not in row
 
 # ======== 16. Weights in and out =================================================================
-
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
 def gpt_for_files():
     return tiny_gpt(5, vocab=11, layers=2, heads=3, width=12, context=10, std=0.3).float()
 
@@ -2005,18 +1576,14 @@ def test_the_saved_files_are_gpt2s_and_are_read_back(tmp_path):
     """config.json, transposed Conv1D weights, the tied head; an independent GPT-2 computes it."""
     gpt, folder = gpt_for_files(), tmp_path / "new" / "directory"
     gpt.save_pretrained(folder)
-    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    tensors = torch.load(folder / BIN, weights_only=True)
     assert torch.equal(tensors.pop("lm_head.weight"), gpt.wte.weight)
-    assert tensors["transformer.h.0.attn.c_attn.weight"].shape == (12, 36)
     state = {name.removeprefix("transformer."): (w.T if name.endswith(CONV1D) else w).double()
              for name, w in tensors.items()}
     theirs = SimpleNamespace(config=gpt.config, state_dict=lambda: state)
     tokens = torch.randint(11, (4, 10), generator=draws())
     close(gpt(tokens).double(), plain_gpt2(theirs, tokens), 1e-5)
-    assert json.loads((folder / "config.json").read_text()).items() >= dict(
-        model_type="gpt2", vocab_size=11, n_positions=10, n_ctx=10, n_layer=2, n_head=3, n_embd=12,
-        eos_token_id=10, bos_token_id=10, activation_function="gelu_new",
-        layer_norm_epsilon=1e-5, architectures=["GPT2LMHeadModel"]).items()
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
     again = GPT.from_pretrained(folder)
     assert again.config == gpt.config and same(again, gpt)
     (folder / "model.safetensors").write_bytes(b"")  # readers would prefer it
@@ -2029,302 +1596,181 @@ def edit_config(folder, **changes):
     config = {name: value for name, value in config.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(config))
 
-@pytest.mark.parametrize("kind, code", [(torch.float32, "F32"), (torch.bfloat16, "BF16")])
-def test_a_safetensors_file_is_read_as_gpt2s_come(tmp_path, kind, code):
-    """No prefix, no lm_head, causal masks as buffers; the config may leave out what is usual."""
-    gpt, body = gpt_for_files(), b""
-    gpt.save_pretrained(tmp_path)
-    (tmp_path / "pytorch_model.bin").unlink()
-    edit_config(tmp_path, n_positions=None, n_inner=48, eos_token_id=50256, model_type=None)
-    tensors = {k: v.T if k.endswith(CONV1D) else v for k, v in gpt.state_dict().items()}
-    tensors |= {"h.0.attn.bias": torch.ones(1, 1, 10, 10), "h.1.attn.masked_bias": torch.zeros(1)}
-    # Eight bytes of header length, a JSON header, the raw bytes.
-    header = {"__metadata__": {"format": "pt"}}
-    for name, tensor in tensors.items():
-        raw = tensor.to(kind).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        header[name] = {"dtype": code, "shape": list(tensor.shape),
-                        "data_offsets": [len(body), len(body) + len(raw)]}
+def safetensors(tensors):
+    """Eight bytes of header length, a JSON header, the raw bytes."""
+    header, body = {"__metadata__": {"format": "pt"}}, b""
+    for name, x in tensors.items():
+        raw = x.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": "BF16" if x.dtype == torch.bfloat16 else "F32",
+                        "shape": list(x.shape), "data_offsets": [len(body), len(body) + len(raw)]}
         body += raw
     text = json.dumps(header).encode()
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + body)
+    return struct.pack("<Q", len(text)) + text + body
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_safetensors_file_is_read_as_gpt2s_come(tmp_path, kind):
+    """No prefix, no lm_head, causal masks as buffers; the config may leave out what is usual."""
+    gpt = gpt_for_files()
+    gpt.save_pretrained(tmp_path)
+    (tmp_path / BIN).unlink()
+    edit_config(tmp_path, n_positions=None, n_inner=48, eos_token_id=50256, model_type=None)
+    weights = {k: v.to(kind) for k, v in gpt.state_dict().items()}
+    tensors = {k: v.T if k.endswith(CONV1D) else v for k, v in weights.items()}
+    tensors |= {"h.0.attn.bias": torch.ones(1, 1, 10, 10), "h.1.attn.masked_bias": torch.zeros(1)}
+    (tmp_path / "model.safetensors").write_bytes(safetensors(tensors))
     again = GPT.from_pretrained(str(tmp_path))
     assert again.config == gpt.config  # the default end token exceeds a small vocabulary
-    assert same(again, {k: v.to(kind).float() for k, v in gpt.state_dict().items()})
-
-def test_transformers_computes_the_same_logits(tmp_path):
-    """The original GPT-2, where it is installed: it reads our file, and we read its files."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    gpt, tokens = gpt_for_files(), torch.randint(11, (4, 10), generator=draws())
-    gpt.save_pretrained(tmp_path / "ours")
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
-    close(gpt(tokens), theirs(tokens).logits, 1e-5)
-    theirs.save_pretrained(tmp_path / "theirs")  # safetensors, with their config
-    theirs.transformer.save_pretrained(tmp_path / "trunk")  # without a prefix
-    for name in ("theirs", "trunk"):
-        again = GPT.from_pretrained(tmp_path / name)
-        assert again.config == gpt.config and same(again, gpt)
-
-def safetensors_of(entry):
-    """A file with a header of this one entry, and eight bytes."""
-    header = json.dumps({"a": entry}).encode()
-    return struct.pack("<Q", len(header)) + header + bytes(8)
+    assert same(again, {k: v.float() for k, v in weights.items()})
 
 BIN, BIAS = "pytorch_model.bin", "transformer.ln_f.bias"
+ONE = safetensors({"a": torch.zeros(2)})
 # What becomes of a file, and what is said then: its bytes, changes of the config or of the weights.
-FOREIGN = [("config.json", raw, "config.json: no") for raw in (b"{", b"[" * 99999, b"[]", b"\xff")]
-FOREIGN += [(BIN, raw, f"{BIN}: not a readable") for raw in (b"", b"hello", torch_bytes([])[:-9])]
+FOREIGN = [("config.json", raw, "config.json: no") for raw in (b"[" * 99999, b"[]", b"\xff")]
+FOREIGN += [(BIN, raw, f"{BIN}: not a readable") for raw in (b"", torch_bytes([])[:-9])]
 FOREIGN += [("model.safetensors", raw, "model.safetensors: not") for raw in (
-    b"hi", struct.pack("<Q", 99), safetensors_of(3), *[
-        safetensors_of({"dtype": kind, "shape": shape, "data_offsets": [0, 8]})
-        for kind, shape in (("F32", [3]), ("F32", [-7]), ("F32", [2.0]), ("F4", [2]))])]
+    b"hi", struct.pack("<Q", 99), ONE[:-1], ONE.replace(b"[2]", b"[3]"), ONE.replace(b"32", b"4 "))]
 FOREIGN += [("config.json", {key: value}, f"config.json: {key} is ") for key, value in (
-    ("n_layer", "2"), ("n_layer", 2.0), ("n_layer", 0), ("n_head", True), ("n_head", 5 * 10**6),
-    ("vocab_size", 10**30), ("n_positions", "10"), ("model_type", "llama"), ("n_inner", 7),
-    ("activation_function", "relu"), ("tie_word_embeddings", False), ("layer_norm_epsilon", 1e-6))]
+    ("n_layer", "2"), ("n_layer", 0), ("n_head", True), ("vocab_size", 10**30), ("n_inner", 7),
+    ("model_type", "llama"), ("tie_word_embeddings", False))]
 FOREIGN += [("config.json", {"n_head": 5}, "n_head")]
 FOREIGN += [(BIN, change, f"{BIN}: .*{problem}") for change, problem in (
-    (lambda t: list(t.values()), ""), (lambda t: t | {"x": 1}, ""),
-    (lambda t: t | {1: torch.zeros(1)}, ""), (lambda t: Explosive("boom"), ""),
-    (lambda t: {k: t[k] for k in t if k != BIAS}, "ln_f.bias"),
+    (lambda t: list(t.values()), ""), (lambda t: t | {1: torch.zeros(1)}, ""),
+    (lambda t: Explosive("boom"), ""), (lambda t: {k: t[k] for k in t if k != BIAS}, "ln_f.bias"),
     (lambda t: t | {"transformer.more": t[BIAS]}, "more"),
-    (lambda t: t | {BIAS: torch.zeros(3)}, "ln_f.bias"),
     (lambda t: t | {BIAS: t[BIAS].reshape(3, 4)}, "ln_f.bias"),
     (lambda t: t | {"lm_head.weight": t["lm_head.weight"] + 1}, "lm_head"))]
-
-@pytest.mark.parametrize("n", range(len(FOREIGN)))
-def test_a_file_of_weights_that_does_not_fit_is_named_in_one_line(tmp_path, monkeypatch, n):
+@pytest.mark.parametrize("name, change, problem", FOREIGN, ids=range(len(FOREIGN)))
+def test_a_file_of_weights_that_does_not_fit_is_named_in_one_line(tmp_path, name, change, problem):
     """ValueError: which file, and what is missing, extra, cut or foreign; no code in it runs."""
-    monkeypatch.chdir(tmp_path)
     gpt_for_files().save_pretrained(tmp_path)
-    name, change, problem = FOREIGN[n]
     if isinstance(change, bytes):
         (tmp_path / name).write_bytes(change)
     elif isinstance(change, dict):
         edit_config(tmp_path, **change)
     else:
-        torch.save(change(torch.load(BIN, weights_only=True)), BIN)
-    for _ in range(2):  # then without the file
-        with pytest.raises(ValueError, match=problem) as caught:
-            GPT.from_pretrained(tmp_path)
-        message, problem = str(caught.value), "config.json|pytorch_model.bin"
-        assert "\n" not in message and len(message) < 700 and str(tmp_path) in message
-        (tmp_path / name).unlink(missing_ok=True)
-        (tmp_path / BIN).unlink(missing_ok=True)
-    assert not (tmp_path / "boom").exists()
+        torch.save(change(torch.load(tmp_path / BIN, weights_only=True)), tmp_path / BIN)
+    with pytest.raises(ValueError, match=problem) as caught:
+        GPT.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert not Path("boom").exists()
 
-def test_a_name_is_downloaded_once_to_torchs_cache(tmp_path, monkeypatch):
-    """Without a network, one line says where to put its two files."""
-    gpt, cached = gpt_for_files(), tmp_path / "checkpoints" / "gpt2-medium"
-    gpt.save_pretrained(tmp_path / "hub")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    where = "https://huggingface.co/gpt2-medium/resolve/main/"
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path: shutil.copy(
-        tmp_path / "hub" / url.removeprefix(where), path))
-    assert same(GPT.from_pretrained("gpt2-medium"), gpt) and len(contents(cached)) == 2
-    shutil.rmtree(tmp_path / "hub")  # an OSError, as without a network
-    assert same(GPT.from_pretrained("gpt2-medium"), gpt)
-    with pytest.raises(ValueError, match="^gpt2: cannot download .*, put .*checkpoints/gpt2$"):
-        GPT.from_pretrained("gpt2")
-
-def test_a_run_starts_from_weights_with_their_sizes_and_gpt2s_tokenizer(tmp_path, monkeypatch,
-                                                                        shell, refused):
+def test_a_run_starts_from_weights(first_run, tmp_path, monkeypatch, shell, refused):
     """--init DIR; other weights are not taken for these, and a wrong vocabulary is one line."""
-    if not (SHARED / "tiktoken_gpt2").is_dir():
-        pytest.skip("optional data tiktoken_gpt2 is not there")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_gpt2"))
-    assert dataset.gpt2_encoding().encode_ordinary("Hello world") == [15496, 995]
-    for name, vocab, seed in (("a", 50257, 0), ("b", 50257, 1), ("small", 999, 0)):
+    theirs = dataset.train_encoding(["good bad the"])  # in place of GPT-2's, a download
+    monkeypatch.setattr(dataset.tiktoken, "get_encoding", lambda name: theirs)
+    for name, vocab, seed in (("a", theirs.n_vocab, 0), ("b", theirs.n_vocab, 1), ("small", 99, 0)):
         GPT(GPTConfig(vocab, 64, 1, 2, 4, 3), draws(seed)).save_pretrained(tmp_path / name)
-    data = write_data(tmp_path / "data", [
-        {"prompt": f"p{i} the", "responses": [" good", f" bad {i}"]} for i in range(6)],
-        tokenizer=BYTES)
-    flags = [*SMALL, "--data", data, "--out_dir", tmp_path / "out", "--lm_epochs=0"]
-    status, printed, problem = shell(rlhf, *flags, "--ppo_iterations=1", "--init", tmp_path / "a")
-    assert (status, problem) == (0, "") and "tokenizer.tiktoken is not used" in printed
-    lm, config, encoding = rlhf.load(tmp_path / "out" / "lm.pt")
-    assert same(lm, GPT.from_pretrained(tmp_path / "a"))  # no epoch: as they were
-    assert (config.block_size, config.n_embd, encoding.n_vocab) == (64, 4, 50257)
-    for init, problem in (("b", "lm.pt was made with data"), ("small", "999"),
-                          ("none", "config.json: no")):
-        assert problem in refused(rlhf, *flags, "--init", tmp_path / init)
+    monkeypatch.chdir(tmp_path)
+    data = write_data(tmp_path / "data", [GOOD_LINE], tokenizer=BYTES)
+    flags = [*first_run.flags, "--data", data, "--out_dir", "out", "--lm_epochs=0", "--init"]
+    assert "tokenizer.tiktoken is not used" in shell(rlhf, *flags, "a")[1]
+    lm, config, encoding = rlhf.load("out/lm.pt")
+    assert same(lm, GPT.from_pretrained("a"))  # no epoch: as they were
+    assert (config.block_size, config.n_embd, encoding.n_vocab) == (64, 4, theirs.n_vocab)
+    for init, problem in (("b", "lm.pt was made with data"), ("small", "99"), ("gone", "no JSON")):
+        assert problem in refused(rlhf, *flags, init)
     monkeypatch.setattr(dataset.tiktoken, "get_encoding", killing(1, error=ConnectionError))
-    assert "TIKTOKEN_CACHE_DIR" in refused(rlhf, *flags, "--init", tmp_path / "a")
+    assert "TIKTOKEN_CACHE_DIR" in refused(rlhf, *flags, "a")
 
 # ======== 17. The shipped world ==================================================================
-
-@pytest.fixture(scope="session")
-def remade(tmp_path_factory):
-    """make_reviews.py at work in a process of its own, and the folder that it writes."""
-    folder = tmp_path_factory.mktemp("remade")
-    command = [sys.executable, "-m", "data.reviews.make_reviews", "--out", folder]
-    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL)
-    yield process, folder
-    process.kill()
-
-@pytest.fixture(scope="session", autouse=True)
-def the_slowest_begins_first(request):
-    """It takes as long as all other tests: so it runs beside them."""
-    if any("remade" in item.fixturenames for item in request.session.items):
-        request.getfixturevalue("remade")
-
-@pytest.fixture(scope="module")
-def rankings():
-    """(responses best first, their true rewards) of 2,000 rankings of the shipped data."""
-    rows = dataset.read_preferences(dataset.SHIPPED / "preferences.jsonl")
-    return [(ys, [annotator.true_reward(x, y) for y in ys])
-            for x, ys in itertools.islice(rows, 2000)]
-
-def test_labels_are_plackett_luce_samples_of_the_true_reward(rankings):
-    """P(best) = exp(r*) / Σ exp(r*); of any two responses the better wins with σ(r* − r*')."""
-    firsts, pairs = [], []
-    for ys, rewards in rankings:
-        p = np.exp(rewards) / np.exp(rewards).sum()
-        firsts.append((p[p == p.max()].sum(), p[0] == p.max()))  # some are equal
-        a, b = sorted(range(len(ys)), key=lambda i: ys[i])[:2]  # chosen without their ranks
-        if gap := rewards[a] - rewards[b]:
-            pairs.append((1 / (1 + math.exp(-abs(gap))), (a < b) == (gap > 0)))
-    bins = [[(p, won) for p, won in pairs if low <= p < high]
-            for low, high in ((0.5, 0.7), (0.7, 0.9), (0.9, 0.98), (0.98, 1.01))]
-    for part in (firsts, *bins):  # as often as the probabilities say
-        expected, seen = sum(p for p, _ in part), sum(won for _, won in part)
-        print(f"the better one wins {seen} of {len(part)}, expected {expected:.0f}")
-        assert abs(seen - expected) < 4 * sum(p * (1 - p) for p, _ in part)**0.5 + 1
-
-def test_degenerate_texts_score_far_below_reviews():
-    """More than a standard deviation below the mean of honest reviews."""
-    reviews = (dataset.SHIPPED / "corpus.txt").read_text("utf-8").split("\n")[:300]
-    words = " ".join(reviews[:20]).split()
-    bad = {"empty": "", "white space": " \n ", "one word": "Good.", "one word again": "the " * 20,
-           "praise again": "superb " * 30, "praise in sentences": "It is great. " * 12,
-           "a sentence six times": (reviews[0].split(". ")[0] + ". ") * 6,
-           "a review three times": " ".join([reviews[1]] * 3), "full stops": "." * 40,
-           "shuffled words": " ".join(random.Random(0).sample(words, 30)) + ".",
-           "letters": "asdf qwer zxcv uiop " * 8, "a ramble": " ".join(words[:300]),
-           "cut short": " ".join(reviews[0].split()[:5]), "pictures": "🎬" * 30}
-    bad = {name: annotator.true_reward("", text) for name, text in bad.items()}
-    scores = np.array([annotator.true_reward("", review) for review in reviews])
-    print({name: round(score - scores.mean(), 2) for name, score in bad.items()})
-    assert all(score < scores.mean() - scores.std() for score in bad.values()), bad
-    assert bad["empty"] == min(bad.values()) < scores.min()
+def test_the_shipped_labels_follow_the_true_reward_and_degenerate_texts_score_far_below_reviews():
+    """The best of each ranking has the highest r* as often as Plackett–Luce says: exp(r*) / Σ
+    exp(r*). Degenerate texts score more than a standard deviation below honest reviews."""
+    data, firsts = dataset.load(dataset.SHIPPED, 256, 64), []
+    assert not data.skipped and not data.notes and data.shipped
+    for x, ys in data.train.comparisons[:2000]:
+        p = np.exp([annotator.true_reward(data.text(x), data.text(y)) for y in ys])
+        firsts.append((p[p == p.max()].sum() / p.sum(), p[0] == p.max()))  # some are equal
+    expected, seen = np.sum(firsts, 0)
+    assert abs(seen - expected) < 4 * sum(p * (1 - p) for p, _ in firsts)**0.5
+    reviews = [data.text(x) for x in data.train.documents[:300]]
+    scores, words = [annotator.true_reward("", x) for x in reviews], " ".join(reviews[:20]).split()
+    for text in ("", " \n ", "Good.", "the " * 20, "superb " * 30, "It is great. " * 12, "." * 40,
+                 "asdf qwer zxcv " * 8, (reviews[0].split(". ")[0] + ". ") * 6, reviews[1] * 3,
+                 " ".join(words[:300]), " ".join(words[:5]), " ".join(sorted(words[:30]))):
+        assert annotator.true_reward("", text) < np.mean(scores) - np.std(scores), text
 
 # ======== 18. Commands, and what can fail around them ============================================
-
-def table(text):
-    """What `explain` prints: {column: (T,)}, tokens, which are clipped, {formula: its numbers}."""
-    lines = text.splitlines()
-    at = next(i for i, line in enumerate(lines) if line.startswith(" t token"))
-    names = lines[at].replace("log ", "log-").split()[2:]
-    rows = [line.split() for line in lines[at + 1:lines.index("", at)]]
-    assert all(len(row) == 2 + len(names) and row[0] == str(t) for t, row in enumerate(rows))
-    columns = {name: np.array([float(row[2 + i].rstrip("*")) for row in rows])
-               for i, name in enumerate(names)}
-    sums = dict(re.findall(r"^(.+?)  +(-?[\d.]+ = .+)$", text, re.MULTILINE))
-    return columns, [row[1] for row in rows], [row[-1][-1] == "*" for row in rows], sums
-
 def test_the_columns_of_explain_are_tied_by_the_equations_of_the_derivation(first_run, shell):
-    """KL, r_t, Σ γ^k r_{t+k}, δ_t, Σ (γλ)^k δ_{t+k}: the printed table, recomputed as sums."""
+    """log π and V by a pass over each state; KL, r_t, Σ γ^k r_{t+k}, δ_t, Σ (γλ)^k δ_{t+k}."""
     beta, gamma, lam = 0.3, 0.9, 0.7
-    status, text, _ = shell(look, "explain", "It is a", "--out_dir", first_run.out, "--kl_coef=0.3",
-                            "--gamma=0.9", "--lam=0.7", "--missing_eos_score=-2", "--seed=2")
-    c, tokens, _, sums = table(text)
-    assert list(c) == ["log-π", "log-ref", "KL", "r", "to-go", "V", "δ", "A", "ratio"]
-    T, score = len(tokens), float(re.search(r"Σ r .* = (-?[\d.]+) - 0.3 · ", text)[1])
-    values = np.append(c["V"], 0)
-    for t in range(T):
-        k = np.arange(T - t)
-        for name, expected in (
-                ("KL", c["log-π"][t] - c["log-ref"][t]),
-                ("r", -beta * c["KL"][t] + (score if t == T - 1 else 0)),
-                ("to-go", (gamma**k * c["r"][t:]).sum()),
-                ("δ", c["r"][t] + gamma * values[t + 1] - values[t]),
-                ("A", ((gamma * lam)**k * c["δ"][t:]).sum())):
-            assert c[name][t] == pytest.approx(expected, abs=0.004), (t, name)
-    assert T > 2 and status == 0 and len(sums) == 6
-    assert ("was cut" in text) == (tokens[-1] != "<end>") == (score == -2)
-    for formula, numbers in sums.items():  # a pocket calculator
-        left, right = numbers.split(" = ")
-        assert eval(right.replace("·", "*")) == pytest.approx(float(left), abs=0.004), formula
-    assert text.startswith("It is a|") and max(map(len, text.splitlines())) <= 100
-
-def test_explain_reads_the_runs_policy_and_its_reference(first_run, shell):
-    """log π, log π_ref and V by a pass over each state; the ratio is that after one update."""
-    _, text, _ = shell(look, "explain", "It is a", "--out_dir", first_run.out, "--clip=0.003")
-    c, tokens, clipped, _ = table(text)
+    flags = ["--kl_coef=0.3", "--gamma=0.9", "--lam=0.7", "--missing_eos_score=-2", "--clip=0.003"]
+    _, text, _ = shell(look, "explain", "It is a", "--out_dir", first_run.out, "--seed=2", *flags)
+    lines = text.splitlines()
+    assert lines[0].startswith("It is a|") and max(map(len, lines)) <= 100
+    at = next(i for i, line in enumerate(lines) if line.startswith(" t token"))
+    rows = [line.split()[2:] for line in lines[at + 1:lines.index("", at)]]
+    columns = [np.array([float(x.rstrip("*")) for x in column]) for column in zip(*rows)]
+    c = dict(zip(lines[at].replace("log ", "log-").split()[2:], columns, strict=True))
     (lm, config, encoding), (policy, *_) = (
         rlhf.load(first_run.out / name) for name in ("lm.pt", "policy.pt"))
     eos, heat = encoding.eot_token, config.temperature
     x = [eos, *encoding.encode_ordinary("It is a")]
-    y = rlhf.rollout(policy, [x], 8, eos, heat, rlhf.seeded(0, "explain", 0)).lists()[1][0]
-    for t, a in enumerate(y):
-        expected = {"log-π": log_pi(policy, x + y[:t], heat)[a], "V": V(policy, x + y[:t]),
-                    "log-ref": log_pi(lm, x + y[:t], heat)[a]}
-        for name, value in expected.items():
-            assert c[name][t] == pytest.approx(value.item(), abs=0.001), (t, name)
-    assert len(y) == len(tokens) and any(clipped)
-    assert np.isin(c["ratio"][clipped], (0.997, 1.003)).all()
+    y = rlhf.rollout(policy, [x], 8, eos, heat, rlhf.seeded(2, "explain", 0)).lists()[1][0]
+    T, score = len(y), float(re.search(r"Σ r .* = (-?[\d.]+) - 0.3 · ", text)[1])
+    assert T == len(rows) > 2 and ("was cut" in text) == (y[-1] != eos) == (score == -2)
+    values = np.append(c["V"], 0)
+    for t in range(T):
+        k, state = np.arange(T - t), x + y[:t]
+        for name, expected in {
+                "log-π": log_pi(policy, state, heat)[y[t]].item(),
+                "log-ref": log_pi(lm, state, heat)[y[t]].item(), "V": V(policy, state).item(),
+                "KL": c["log-π"][t] - c["log-ref"][t],
+                "r": -beta * c["KL"][t] + (score if t == T - 1 else 0),
+                "to-go": (gamma**k * c["r"][t:]).sum(),
+                "δ": c["r"][t] + gamma * values[t + 1] - values[t],
+                "A": ((gamma * lam)**k * c["δ"][t:]).sum()}.items():
+            assert c[name][t] == pytest.approx(expected, abs=0.004), (t, name)
+    # The ratio is that after one update; a star is a ratio at the edge of the clip.
+    clipped = np.array([row[-1][-1] == "*" for row in rows])
+    assert clipped.any() and np.isin(c["ratio"][clipped], (0.997, 1.003)).all()
+    sums = re.findall(r"^.+?  +(-?[\d.]+) = (.+)$", text, re.MULTILINE)
+    assert len(sums) == 6
+    for left, right in sums:  # a pocket calculator
+        assert eval(right.replace("·", "*")) == pytest.approx(float(left), abs=0.004), right
 
 def test_sample_prints_both_columns_with_score_and_kl(first_run, shell, refused):
     """Side by side; a prompt that leaves no room is one line, before sampling."""
     flags = "--out_dir", first_run.out, "--n", "2"
-    status, text, _ = shell(look, "sample", "It is a", *flags)
-    lines = [line.split(" | ") for line in text.splitlines() if " | " in line]
-    assert status == 0 and text.startswith("It is a\n")
-    assert [side.strip() for side in lines[0]] == ["language model", "PPO policy"]
-    heads = [line for line in lines if "[score" in line[0]]
-    assert len(heads) == 2 and all("KL 0.0]" in left and "KL" in right for left, right in heads)
+    _, text, _ = shell(look, "sample", "It is a", *flags)
+    assert re.search(r"^language model +\| PPO policy$", text, re.MULTILINE)
+    assert all(text.count(part) == n for part, n in (("[score", 4), ("KL 0.0]", 2), ("KL", 4)))
     room = SIZES["block_size"] - 8 - 1  # what just fits, and one token more
     assert shell(look, "sample", "\x01" * room, *flags)[0] == 0
     assert f"prompt {room + 2}" in refused(look, "sample", "\x01" * (room + 1), *flags)
 
-def test_a_flag_given_with_its_default_overrides_the_runs_own_setting(first_run, monkeypatch):
+def test_a_flag_given_with_its_default_overrides_the_runs_setting(first_run, monkeypatch, shell):
     """data.look: each setting that is given counts, whatever Config's default is."""
     seen = []
     monkeypatch.setattr(look, "sample", lambda models, *_: seen.append(models[3]))
     given = {f.name: f.default for f in dataclasses.fields(Config)} | {"out_dir": first_run.out}
-    flags = [f"--{name}={value}" for name, value in given.items()]
-    monkeypatch.setattr(sys, "argv", ["data.look", "sample", "A", *flags])
-    look.main()
-    assert seen == [Config(out_dir=str(first_run.out))] and seen[0] != first_run.config
+    shell(look, "sample", "A", *[f"--{name}={value}" for name, value in given.items()])
+    assert seen == [Config(out_dir=str(first_run.out))]
 
-def label_rows(folder):
-    return [(x, *ys) for x, ys in dataset.read_preferences(Path(folder) / "preferences.jsonl")]
-
-def test_label_appends_each_answer_skips_and_undoes_the_last(first_run, tmp_path, shell, refused):
+def test_label_appends_each_answer_skips_and_undoes_the_last(first_run, tmp_path, shell):
     """1, 2, s, u, q, or the end of the input; what it writes is a data directory."""
     def sit(folder, typed):
-        status, printed, problem = shell(label, "--out_dir", first_run.out, "--to",
-                                         tmp_path / folder, typed=typed)
-        assert (status, problem) == (0, "")
-        return printed
-
-    printed = sit("a", "1\n2\nhm\ns\n1\nq\n1\n")
-    rows = label_rows(tmp_path / "a")
+        out = ["--out_dir", first_run.out, "--to", tmp_path / folder]
+        printed = shell(label, *out, typed=typed)[1]
+        return printed, list(dataset.read_preferences(tmp_path / folder / "preferences.jsonl"))
+    printed, rows = sit("a", "1\n2\nhm\ns\n1\nq\n1\n")
     assert len(rows) == 3 and "3 new answers, 3 in " in printed and printed.count(label.HELP) == 2
-    sit("b", "2\n1\ns\n2")  # the end of the input, without a line end
-    assert label_rows(tmp_path / "b") == [(x, l, w) for x, w, l in rows]
-    printed = sit("c", "u\n1\nu\nu\n1\nq\n")
-    assert printed.count("nothing to undo") == 2 and printed.count("undone") == 1
-    assert len(label_rows(tmp_path / "c")) == 1
+    assert sit("b", "2\n1\ns\n2")[1] == [(x, ys[::-1]) for x, ys in rows]  # the end of the input
+    printed, others = sit("c", "u\n1\nu\nu\n1\nq\n")
+    assert printed.count("nothing to undo") == 2 and printed.count("undone") == len(others) == 1
     # A second sitting asks nothing twice, and completes a last line without its end.
     path = tmp_path / "a" / "preferences.jsonl"
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
-    assert "2 new answers, 5 in " in sit("a", "1\n2\n")
-    again = label_rows(tmp_path / "a")
-    assert again[:3] == rows and len({(x, *sorted(ys)) for x, *ys in again}) == 5
-    data = dataset.load(tmp_path / "a", 96, 8)
-    assert len(texts(data, "train")[1] | texts(data, "held_out")[1]) == 5
-    path.write_text("{oops")
-    assert ".jsonl:1: not JSON" in refused(label, "--out_dir", first_run.out, "--to", path.parent)
+    printed, both = sit("a", "1\n2\n")
+    assert "2 new answers, 5 in " in printed and len({(x, *sorted(ys)) for x, ys in both}) == 5
 
 NASTY = "a\x1b[31mred\x07\r\x9b2J\u202egnp.\x85\u2028"
-
-def test_control_characters_of_data_and_models_are_shown_and_not_obeyed(tmp_path, shell):
+def test_control_characters_of_data_and_models_are_shown_and_not_obeyed(first_run, tmp_path, shell):
     """In the summary, sample, explain, label, and in messages about a file or a flag."""
     rows = [{"prompt": NASTY, "responses": [f" {NASTY} {i}", " b"]} for i in range(9)]
     out = ["--out_dir", tmp_path / "out"]
     for module, *arguments in (
-            (rlhf, *SMALL, "--data", write_data(tmp_path / "nasty", rows), *out),
+            (rlhf, *first_run.flags, "--data", write_data(tmp_path / "nasty", rows), *out),
             (look, "sample", NASTY, "--n=1", *out), (look, "explain", *out),
             (label, "--to", tmp_path / "labels", *out), (look, "sample", "--out_dir", NASTY),
             (rlhf, "--data", tmp_path / NASTY), (rlhf, f"--{NASTY}"), (rlhf, "--seed", NASTY)):
@@ -2334,64 +1780,56 @@ def test_control_characters_of_data_and_models_are_shown_and_not_obeyed(tmp_path
         assert status in (0, 2)
 
 @pytest.mark.parametrize("words, problem", [
-    ("--lr 1e-4", "--lr"), ("--kl-coef 0.1", "--kl-coef"), ("--out-dir x", "--out-dir"),
-    ("--n_lay=1", "--n_lay"), ("train", "train"), ("--seed", "--seed"), ("--seed 1.5", "seed"),
-    ("--n_layer two", "n_layer"), ("--kl_target x", "kl_target"), ("--fresh ../lm", "../lm"),
-    ("--device abacus", "abacus"), ("--n_head 3", "n_head"), ("--n_embd 2000000000", "not enough"),
-    ("--max_new_tokens 300", "block_size")])
-def test_a_command_line_that_cannot_be_obeyed_names_the_flag(tmp_path, refused, words, problem):
-    data = write_data(tmp_path / "data", [GOOD_LINE])
-    flags = "--data", data, "--out_dir", tmp_path / "out"
-    assert problem in refused(rlhf, *flags, *words.split())
-    assert not (tmp_path / "out").exists()
+    ("--lr 1e-4", "--lr"), ("--kl-coef 0.1", "--kl-coef"), ("--n_lay=1", "--n_lay"),
+    ("train", "train"), ("--seed", "--seed"), ("--seed 1.5", "seed"), ("--clip x", "clip"),
+    ("--fresh ../lm", "../lm"), ("--n_head 3", "n_head"), ("--n_embd 2000000000", "not enough"),
+    ("--max_new_tokens 300", "block_size"), ("--out_dir file", "file: ")])
+def test_a_wrong_command_line_names_the_flag(tmp_path, monkeypatch, refused, words, problem):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("not a directory")
+    write_data(tmp_path / "data", [GOOD_LINE])
+    assert problem in refused(rlhf, "--data", "data", "--out_dir", "out", *words.split())
+    assert not Path("out").exists()
 
-RANGES = {1: "block_size n_layer n_head n_embd lm_batch_size rm_batch_size max_new_tokens "
-             "ppo_batch_size ppo_epochs minibatch_size micro_batch_size eval_prompts",
-          0: "lm_epochs rm_epochs ppo_iterations lm_lr rm_lr ppo_lr kl_coef ptx_coef value_coef "
-             "entropy_coef gamma lam",
-          1e-9: "temperature clip value_clip max_grad_norm kl_target early_stop_kl"}
-
-def test_a_setting_out_of_its_range_or_of_another_kind_is_refused_by_name():
+def test_a_setting_out_of_its_range_or_of_another_kind_is_refused_by_name(shell):
     """The least value is accepted, less is not; nor is NaN, infinity, a text or a truth value."""
-    for least, name in [(least, name) for least, names in RANGES.items() for name in names.split()]:
-        given = {name: least} | ({"n_head": 1} if name == "n_embd" else {})
-        assert getattr(Config(**given), name) == least
+    leasts = {"at least 1": 1, "at least 0": 0, "more than 0": 1e-9, "from 0 to 1": 0}
+    for least, name in [(least, name) for expected, least in leasts.items()
+                        for name in rlhf.RANGES[expected][1].split()]:
+        assert getattr(Config(**{"n_head": 1, name: least}), name) == least
         bad = [least - 1, True, "1", math.nan, math.inf, -math.inf, [1]]
         for value in bad + [2] * (name in ("gamma", "lam")) + [1.5] * (least == 1):
             with pytest.raises(ValueError, match=f"^{name} is "):
                 Config(**{name: value})
-    assert Config(kl_target=None, early_stop_kl=None, missing_eos_score=None).kl_target is None
+    # --help lists every setting, by stage.
+    words, fields = " ".join(shell(rlhf, "--help")[1].split()), dataclasses.fields(Config)
+    at = [words.index(f"--{f.name} X") for f in fields]
+    assert at == sorted(at) and all(f.metadata["help"] in words for f in fields)
 
-def test_help_lists_every_setting_by_stage(shell):
-    status, text, _ = shell(rlhf, "--help")
-    words = " ".join(text.split())
-    assert status == 0 and "--data X" in words and "--fresh" in words
-    at = [re.search(rf"--{f.name}[ ,]", words).start() for f in dataclasses.fields(Config)]
-    assert at == sorted(at) and all(f.metadata["help"] in words for f in dataclasses.fields(Config))
+def python(*arguments, cwd=REPO, end="", **environment):
+    """Run python in a process of its own; `end` is what follows the command in a shell."""
+    command = ["bash", "-c", f'"$@" {end}', "bash", sys.executable, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO),
+                                "MPLBACKEND": "nonsense"} | environment
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8",
+                          errors="backslashreplace")
 
-# Each in a process of its own, as from a shell; the program is found through PYTHONPATH.
-
-@pytest.mark.parametrize("command, shown", [
-    (["rlhf.py"], "win_rate"), (["-m", "data.look", "explain", "Café"], "Caf?|"),
-    (["-m", "data.label", "--to", "labels"], "1 new answers")])
-def test_commands_work_in_ascii_and_without_a_picture(first_run, again, tmp_path, command, shown):
-    """`?` for what cannot be shown; a plotting library that fails costs a finished run nothing."""
-    flags = [REPO / "rlhf.py", *first_run.flags] if command == ["rlhf.py"] else command
-    done = python(*flags, "--out_dir", again, cwd=tmp_path, end="<<< 1", PYTHONIOENCODING="ascii")
-    assert (done.returncode, done.stderr) == (0, "") and shown in done.stdout
-    assert command != ["rlhf.py"] or "(no curves.png: " in done.stdout
-
-@pytest.mark.parametrize("command, end, status, problem", [
-    (["rlhf.py"], "| head -1 > /dev/null; exit ${PIPESTATUS[0]}", (0, 1), ""),
-    (["rlhf.py"], "> /dev/full", (2,), "standard output: No space left on device"),
-    (["rlhf.py"], ">&-", (0,), ""), (["-m", "data.label"], "<&-", (0, 2), "")])
-def test_an_output_that_is_closed_full_or_read_no_more_loses_nothing(
-        first_run, again, tmp_path, command, end, status, problem):
-    """It ends quietly, or names the output: no traceback, and no file is blamed."""
-    flags = first_run.flags if command == ["rlhf.py"] else ["--to", tmp_path / "labels"]
-    done = python(*command, *flags, "--out_dir", again, end=end)
-    assert done.returncode in status, done.stderr
-    assert problem in done.stderr and done.stderr.count("\n") <= 1
+@pytest.mark.parametrize("command, end, status, shown, problem", [
+    ("rlhf.py", "", (0,), "(no curves.png: ", ""),  # a plotting library that fails
+    ("-m data.look explain Café", "", (0,), "Caf?|", ""),  # `?` for what cannot be shown
+    ("-m data.label --to labels", "<<< 1", (0,), "1 new answers", ""),
+    ("-m data.label --to labels", "<&- >&-", (0, 2), "", ""),
+    ("rlhf.py", "| head -1 > /dev/null; exit ${PIPESTATUS[0]}", (0, 1), "", ""),
+    ("rlhf.py", "> /dev/full", (2,), "", "standard output: No space left on device")])
+def test_in_a_shell_an_odd_output_costs_a_finished_run_nothing(
+        first_run, again, tmp_path, command, end, status, shown, problem):
+    """In ASCII, without a picture, closed, full, read no more: no traceback, no file is blamed."""
+    command = command.replace("rlhf.py", str(REPO / "rlhf.py")).split()
+    flags = first_run.flags if "-m" not in command else []
+    done = python(*command, *flags, "--out_dir", again, cwd=tmp_path, end=end,
+                  PYTHONIOENCODING="ascii")
+    assert done.returncode in status and shown in done.stdout, done.stderr
+    assert problem in done.stderr and done.stderr.count("\n") <= bool(status[-1])
     assert str(again) not in done.stderr
     assert all(same(weights(again, name), weights(first_run.out, name)) for name in FILES)
 
@@ -2404,62 +1842,46 @@ def test_the_program_needs_no_source_of_its_own_and_no_other_package_data(tmp_pa
     done = python(*arguments, end=end, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0 and "--kl_coef" in done.stdout, done.stderr
 
-def test_curves_are_drawn_from_the_log_and_leave_the_callers_plotting_alone(again, monkeypatch):
-    matplotlib = pytest.importorskip("matplotlib")
-    monkeypatch.undo()
-    before = dict(matplotlib.rcParams)
-    assert show.curves(again) == ", curves.png" and dict(matplotlib.rcParams) == before
-    assert (again / "curves.png").read_bytes()[1:4] == b"PNG"
-    (again / "curves.png").unlink()
-    (again / "curves.png").mkdir()
-    assert "no curves.png: " in show.curves(again)
-
-def test_make_reviews_regenerates_every_file_byte_for_byte(remade):
-    """It began when the tests began."""
-    process, folder = remade
-    assert process.wait() == 0
+def test_make_reviews_regenerates_every_file_byte_for_byte(tmp_path):
+    assert python("-m", "data.reviews.make_reviews", "--out", tmp_path).returncode == 0
     for name in ("corpus.txt", "preferences.jsonl"):
-        assert (folder / name).read_bytes() == (dataset.SHIPPED / name).read_bytes(), name
+        assert (tmp_path / name).read_bytes() == (dataset.SHIPPED / name).read_bytes(), name
 
-# ======== The studies: the ladder and the frontier ===============================================
-
-def listed_experience(w, rows, lam=1.0):
+# ======== 19. The studies: the ladder and the frontier ===========================================
+def listed_experience(w, rows):
     """The listed world's trajectories `rows` as a batch, with its exact values."""
-    rewards, values, mask = w.rewards[rows], w.values[rows], w.mask[rows]
-    advantages = rlhf.gae(rewards, values, mask, lam=lam)
+    mask, log_probs, rewards = w.mask[rows], w.log_probs[rows], w.rewards[rows]
     prompts = [list(w.world.states[i]) for i in w.world.state_of[rows, 0]]
     tokens, _ = rlhf.pad([x + y for x, y in zip(prompts, w.world.actions[rows].tolist())], "cpu")
     return rlhf.Experience(
-        tokens=tokens, prompt_lengths=w.world.prompt_lengths[rows], mask=mask, values=values,
-        actions=w.world.actions[rows], log_probs=w.log_probs[rows], rewards=rewards,
-        ref_log_probs=w.log_probs[rows], scores=rewards.sum(1), advantages=advantages,
-        returns=advantages + values, rollout_seconds=0.0)
+        tokens=tokens, prompt_lengths=w.world.prompt_lengths[rows], mask=mask, rewards=rewards,
+        actions=w.world.actions[rows], log_probs=log_probs, ref_log_probs=log_probs,
+        values=w.values[rows], scores=rewards.sum(1), advantages=None, returns=None,
+        rollout_seconds=0.0)
 
-def rung_gradient(w, rung, rows, lam=1.0, micro_batch_size=3):
-    """What the ladder's loop takes as the gradient of J on the trajectories `rows`, (D,)."""
-    policy = ActorCritic(w.gpt)
-    config = rlhf.Config(temperature=1.0, value_coef=0.0, micro_batch_size=micro_batch_size)
-    ladder.add_gradient(rung, policy, listed_experience(w, rows, lam), config)
-    return -torch.cat([p.grad.flatten() for p in policy.gpt.parameters()])
-
-@SEEDS
-@pytest.mark.parametrize("rung, lam", [("REINFORCE", 1.0), ("rewards-to-go", 1.0),
-                                       ("baseline", 1.0), ("GAE", 0.95)])
-def test_each_rung_of_the_ladder_estimates_the_gradient_of_J_without_bias(seed, rung, lam):
-    """Σ_τ p(τ) ĝ(τ) = ∇J, with ĝ(τ) from the ladder's own loss; V is exact here."""
-    w = listed(seed)
-    estimates = [rung_gradient(w, rung, slice(n, n + 1), lam) for n in range(len(w.p))]
-    close(moments(w.p, torch.stack(estimates))[0], w.grad_J)
-
-@pytest.mark.parametrize("rung", ["REINFORCE", "GAE", "RLOO", "GRPO"])
+@pytest.mark.parametrize("rung", ["REINFORCE", "rewards-to-go", "baseline", "GAE", "RLOO", "GRPO"])
 def test_a_batch_of_a_rung_is_the_mean_of_its_trajectories_in_any_micro_batches(rung):
+    """(1/N) Σ_i Σ_t w_t ∇log π(a_t|s_t); without groups, the weights w_t are those of section 5.
+    The critic learns from half the squared error per trajectory, times value_coef."""
     w, rows = listed(0), torch.tensor([0, 5, 9, 30, 41, 50, 66, 79])
-    weights = ladder.step_weights(rung, listed_experience(w, rows))
+    e, policy = listed_experience(w, rows), tiny_policy(0)
+    weights = ladder.step_weights(rung, e)
     whole = torch.zeros_like(w.rewards)
     whole[rows] = weights
     expected = policy_gradients(w, whole)[rows].mean(0)
+    _, values, _ = rlhf.forward_responses(policy, e, 1.0)
+    error = 0.5 * (values - weights - e.values)**2 * e.mask
+    by_value, = torch.autograd.grad(error.sum() / 8, policy.value_head.weight)
     for size in (1, 3, 8):
-        close(rung_gradient(w, rung, rows, micro_batch_size=size), expected)
+        config = Config(temperature=1.0, value_coef=0.0, micro_batch_size=size)
+        actor, critic = ActorCritic(w.gpt), copy.deepcopy(policy)
+        ladder.add_gradient(rung, actor, e, config)
+        close(-torch.cat([p.grad.flatten() for p in actor.gpt.parameters()]), expected)
+        ladder.add_gradient(rung, critic, e, dataclasses.replace(config, value_coef=0.5))
+        if rung in ladder.CRITICS:
+            close(critic.value_head.weight.grad, 0.5 * by_value)
+    known = WEIGHTS | {"GAE": lambda w: gae(w.rewards, w.values, w.mask)}
+    assert rung not in known or torch.allclose(weights, known[rung](w)[rows])
 
 def group_expectation(w, divide):
     """E of the gradient estimate from two independent responses to each prompt, by listing all."""
@@ -2471,161 +1893,85 @@ def group_expectation(w, divide):
     weights = ladder.group_weights(pairs, 2, divide).view(-1, 2)           # (pairs, 2)
     p = w.p[i] * w.p[j] * len(w.world.prompts)  # p(x) p(y|x) p(y'|x)
     slopes = w.grad_log_pi.sum(1)                                          # (N, D) ∇log p(τ)
-    both = weights[:, :1] * slopes[i] + weights[:, 1:] * slopes[j]
-    return p @ both / 2
+    return p @ (weights[:, :1] * slopes[i] + weights[:, 1:] * slopes[j]) / 2
 
 @SEEDS
 def test_the_mean_of_the_other_responses_is_a_baseline_without_bias(seed):
     """RLOO: over all pairs of responses to a prompt, the expectation is ∇J, exactly."""
-    w = listed(seed)
-    close(group_expectation(w, divide=False), w.grad_J)
+    close(group_expectation(listed(seed), divide=False), listed(seed).grad_J)
 
 @SEEDS
 def test_division_by_the_std_of_the_group_turns_the_gradient(seed):
     """GRPO is biased, and not by a factor: its expectation has another direction than ∇J."""
-    w = listed(seed)
-    biased = group_expectation(w, divide=True)
-    cosine = torch.cosine_similarity(biased, w.grad_J, dim=0)
+    biased = group_expectation(listed(seed), divide=True)
+    cosine = torch.cosine_similarity(biased, listed(seed).grad_J, dim=0)
     print(f"\ncosine of GRPO's expected gradient with ∇J, world {seed}: {cosine:.3f}")
     assert cosine < 0.995
 
 def test_group_weights_by_hand():
-    """Returns 1, 2, 6 of one prompt: the others' means are 4, 3.5, 1.5. A tie weighs nothing."""
-    returns = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0], dtype=torch.float64)
-    close(ladder.group_weights(returns, 3), [-3.0, -1.5, 4.5, 0.0, 0.0, 0.0])
-    divided = ladder.group_weights(returns, 3, divide=True)
-    std = (14 / 3)**0.5
-    close(divided[:3], [-2 / std, -1 / std, 3 / std], atol=1e-3)
-    close(divided[3:], [0.0, 0.0, 0.0])
+    """Returns 1, 2, 6 of one prompt: the others' means are 4, 3.5, 1.5. A tie weighs nothing, and
+    neither does a constant added to all scores."""
+    returns, std = f64([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]), (14 / 3)**0.5
+    for shift in (0, 5):
+        close(ladder.group_weights(returns + shift, 3), [-3.0, -1.5, 4.5, 0.0, 0.0, 0.0])
+        close(ladder.group_weights(returns + shift, 3, divide=True),
+              [-2 / std, -1 / std, 3 / std, 0, 0, 0], atol=1e-3)
 
-def test_rloo_does_not_feel_a_constant_added_to_every_score_and_reinforce_does():
-    w, rows = listed(0), torch.tensor([0, 5, 9, 30])
-    e = listed_experience(w, rows)
-    shifted = dataclasses.replace(e, rewards=e.rewards.clone())
-    shifted.rewards[torch.arange(4), e.mask.sum(1) - 1] += 5
-    for rung, moved in (("RLOO", 0.0), ("GRPO", 0.0), ("REINFORCE", 5.0)):
-        change = ladder.step_weights(rung, shifted) - ladder.step_weights(rung, e)
-        close(change, torch.full_like(change, moved))
-
-def test_the_critic_of_a_rung_learns_from_half_the_squared_error_per_trajectory():
-    policy, w, rows = tiny_policy(0), listed(0), torch.tensor([0, 9, 41])
-    e = dataclasses.replace(listed_experience(w, rows, lam=0.95),
-                            advantages=torch.zeros(3, w.rewards.shape[1]).double())
-    ladder.add_gradient("GAE", policy, e, rlhf.Config(temperature=1.0, value_coef=0.5,
-                                                      micro_batch_size=2))
-    _, values, _ = rlhf.forward_responses(policy, e, 1.0)
-    loss = 0.5 * (0.5 * (values - e.returns)**2 * e.mask).sum() / 3
-    close(policy.value_head.weight.grad.flatten(),
-          torch.autograd.grad(loss, policy.value_head.weight)[0].flatten())
-
-@pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory):
-    """The folder of a run of a few seconds on a hundred lines of the shipped data."""
-    out, few = tmp_path_factory.mktemp("studies"), tmp_path_factory.mktemp("reviews").resolve()
-    for name in ("corpus.txt", "preferences.jsonl"):
-        lines = (dataset.SHIPPED / name).read_text("utf-8").splitlines(keepends=True)[:100]
-        (few / name).write_text("".join(lines), "utf-8")
-    config = Config(out_dir=str(out), data_dir=str(few), n_layer=1, n_head=1, n_embd=8, lm_epochs=0,
-                    rm_epochs=0, max_new_tokens=8, ppo_iterations=2, ppo_batch_size=8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "SHIPPED", few)
-        patch.setattr(show, "curves", lambda out: "")
-        rlhf.run(config)
-        yield str(out)
-
-def test_a_tiny_ladder_runs_and_measures_nothing_twice(tiny_run, monkeypatch, capsys):
+def test_the_studies_run_and_measure_nothing_twice(world_run, monkeypatch, capsys):
     """Each job is a row of studies.jsonl; the same study again reads them all."""
     monkeypatch.setattr(ladder, "SETTINGS", ((8, 0.0), (32, 5.0)))
     monkeypatch.setattr(ladder, "RATES", (1e-4,))
-    results = ladder.study((tiny_run, ()), [0, 1], 250, processes=1)
-    rows = dataset.read_records(f"{tiny_run}/studies.jsonl")
-    assert len(rows) == 2 * 7 + 2 * 2 * 7 + 2 and all(row["seconds"] > 0 for row in rows)
-    assert ladder.study((tiny_run, ()), [0, 1], 250, processes=1) == results
-    assert dataset.read_records(f"{tiny_run}/studies.jsonl") == rows
-    capsys.readouterr()
-    ladder.show_tables(*results)
-    assert capsys.readouterr().out.count("RLOO") == 3
-    pytest.importorskip("matplotlib")
-    ladder.draw(results[0], 250, f"{tiny_run}/ladder.png")
-
-def test_a_tiny_frontier_runs_and_measures_nothing_twice(tiny_run, monkeypatch):
-    """Best of 1 costs no KL, and the learned reward of the best of n grows with n."""
     monkeypatch.setattr(frontier, "PROMPTS", 4)
-    lines, rows = frontier.study([tiny_run], (), [0.0, 0.5], processes=1)
-    written = dataset.read_records(f"{tiny_run}/studies.jsonl")
-    again, _ = frontier.study([tiny_run], (), [0.0, 0.5], processes=1)
-    assert all(torch.equal(lines[name], again[name]) for name in lines)
-    assert dataset.read_records(f"{tiny_run}/studies.jsonl") == written
+    out = world_run.out_dir
+    for _ in range(2):
+        results = ladder.study((out, ()), [0, 1], 250, processes=1)
+        lines, ppo = frontier.study([out], (), [0.0, 0.5], processes=1)
+        rows = dataset.read_records(f"{out}/studies.jsonl")
+        assert len(rows) == 2 * 7 + 2 * 2 * 7 + 2 + 3
+    # Best of 1 costs no KL, and the learned reward of the best of n grows with n.
     best = torch.cat([x for name, x in lines.items() if name.startswith("best")])
     assert best[0, 0] == 0 and best[:, 1].tolist() == sorted(best[:, 1].tolist())
-    pytest.importorskip("matplotlib")
-    frontier.draw(lines, rows, f"{tiny_run}/frontier.png")
+    ladder.show_tables(*results)
+    assert "\nRLOO" in capsys.readouterr().out
+    # The pictures leave the caller's settings alone.
+    matplotlib = pytest.importorskip("matplotlib")
+    before = dict(matplotlib.rcParams)
+    ladder.draw(results[0], 250, f"{out}/ladder.png")
+    frontier.draw(lines, ppo, f"{out}/frontier.png")
+    assert CURVES(out) == ", curves.png" and dict(matplotlib.rcParams) == before
 
-# ======== The README =============================================================================
-
+# ======== 20. The README =========================================================================
 README = REPO / "README.md"
 LINK = re.compile(r"\[`(\w+)`\]\(([\w./]+\.py)#L(\d+)\)")  # [`gae`](rlhf.py#L300)
 FILE = re.compile(r"[\w/]*\w\.(?:py|md|jsonl|txt|tiktoken|png|pt|bin|safetensors)\b")
-THEIRS = {"config", "encoder", "json", "vocab", "bpe", "tiktoken", "safetensors", "bin"}
-
-def definitions(path):
-    """{name: its line} of the functions and classes of a file, the first where there are more."""
-    lines = enumerate((REPO / path).read_text("utf-8").splitlines(), 1)
-    found = [(m[1], i) for i, line in lines if (m := re.match(r" *(?:def|class) (\w+)", line))]
-    return dict(reversed(found))
-
-def moved_links(text):
-    """(name, file, line in the text, line of the definition or None) of the links that are off."""
-    links = [(name, path, int(line)) for name, path, line in LINK.findall(text)]
-    places = {path: definitions(path) for _, path, _ in links if (REPO / path).exists()}
-    return [(*link, at) for link in links
-            if (at := places.get(link[1], {}).get(link[0])) != link[2]]
-
-def refresh_links():
-    """Set the line numbers of the README's links to those of the definitions."""
-    text = README.read_text("utf-8")
-    for name, path, line, at in moved_links(text):
-        text = text.replace(f"[`{name}`]({path}#L{line})", f"[`{name}`]({path}#L{at or line})")
-    README.write_text(text, "utf-8")
-
-@functools.cache
-def known_names():
-    """Every name in the code and every word of its strings, but those of docstrings."""
-    names = THEIRS | set(definitions("test_rlhf.py"))
-    for path in [REPO / "rlhf.py", REPO / "model.py", *(REPO / "data").rglob("*.py")]:
-        names.add(path.stem)
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            for field in ("name", "arg", "id", "attr", "module"):
-                names.update(str(getattr(node, field, "")).split("."))
-            if isinstance(getattr(node, "value", None), str) and "\n" not in node.value:
-                names.update(re.findall(r"-*\w[\w-]*(?:\.\w+)?", node.value))
-    return names
+def refreshed(text):
+    """The text with the line number of each link set to that of the definition it names."""
+    def link(m):
+        lines = enumerate((REPO / m[2]).read_text("utf-8").splitlines(), 1)
+        found = [i for i, line in lines if re.match(rf" *(?:def|class) {m[1]}\b", line)]
+        assert found, f"{m[2]} has no {m[1]}"
+        return f"[`{m[1]}`]({m[2]}#L{found[0]})"
+    return LINK.sub(link, text)
 
 def unknown(text):
     """What the text names and is not there: files, flags, tests, and `names` of the code."""
-    known, text = known_names(), re.sub(r"https?://[^\s)]+", "", text)
-    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    files = FILE.findall(text) + re.findall(r"\]\(([^)#]+)[^)]*\)", text)
-    bad = [f for f in files if not (REPO / f).exists() and f.split("/")[-1] not in known]
-    bad += [f for f in re.findall(r"(?<![\w-])--[a-z]\w*", text) if not {f, f[2:]} & known]
-    bad += [t for t in re.findall(r"\btest_\w+", text) if t != "test_rlhf" and t not in known]
-    for name in re.findall(r"`([A-Za-z_][\w.-]*)`", prose):
-        parts = [] if name in known or FILE.fullmatch(name) else name.split(".")
-        bad += [part for part in parts if part not in known]
-    commands = [c.replace(".", "/") for c in re.findall(r"python -m (data[\w.]+)", text)]
-    return bad + [c for c in commands if not (REPO / f"{c}.py").exists()]
+    files = [REPO / "rlhf.py", REPO / "model.py", *(REPO / "data").rglob("*.py")]
+    words = {*re.findall(r"\w+", "\n".join(path.read_text("utf-8") for path in files))}
+    words |= {*re.findall(r"def (\w+)", Path(__file__).read_text("utf-8")), "test_rlhf",
+              "encoder", "vocab", "bpe"}
+    words |= {part for path in files for part in path.stem.split("_")}
+    text = re.sub(r"https?://[^\s)]+", "", text)
+    names = FILE.findall(text) + re.findall(r"\]\(([^)#]+)[^)]*\)", text)
+    names += re.findall(r"(?<![\w-])--[a-z]\w*|\btest_\w+|(?<=python -m )data[\w.]+", text)
+    names += re.findall(r"`([A-Za-z_][\w.-]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    return [name for name in names if not (REPO / name).exists()
+            and not words.issuperset(re.findall(r"\w+", name))]
 
 def test_what_the_readme_names_is_there_and_its_links_lead_to_it():
     text = README.read_text("utf-8")
     assert not unknown(text)
-    assert not moved_links(text), f"{moved_links(text)}: `python test_rlhf.py` refreshes the lines"
+    assert refreshed(text) == text, "`python test_rlhf.py` sets the lines of the links"
     assert len(text.splitlines()) <= 450 and len(text.split()) <= 4500 and "@@" not in text
-
-@pytest.mark.parametrize("text", ["`gea`", "`Config.lamb`", "--kl_coeff 1", "`lmm.pt`",
-                                  "![](a.png)", "test_gae_by_heart", "python -m data.loook"])
-def test_what_is_not_there_is_noticed_in_the_readme(text):
-    assert unknown(text) and not unknown("`gae`, `Config.lam`, --kl_coef, `lm.pt`, data/look.py")
-    assert moved_links("[`gae`](rlhf.py#L1)") and moved_links("[`gea`](none.py#L1)")
 
 def test_the_readme_follows_the_lecture():
     """25 sections in the order of its times, each with an equation, a function and a proof."""
@@ -2651,4 +1997,4 @@ def test_the_lines_of_the_readme_train_what_a_run_trains(first_run, tmp_path, mo
     assert rlhf.GPT.from_pretrained("hf").config.n_embd == first_run.config.n_embd
 
 if __name__ == "__main__":
-    refresh_links()
+    README.write_text(refreshed(README.read_text("utf-8")), "utf-8")
