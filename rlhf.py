@@ -93,8 +93,8 @@ class Config:
             for name in names.split():
                 value = getattr(self, name)
                 number = type(value) is int or type(value) is float and types[name] is not int
-                sound = number and abs(value) < 1e30 and test(value)
-                if not sound and not (value is None and name in OPTIONAL):
+                off = value is None and name in OPTIONAL
+                if not off and not (number and abs(value) < 1e30 and test(value)):
                     raise ValueError(f"{name} is {value!r}, expected {expected}")
         if self.kl_target and not self.kl_coef:
             raise ValueError("kl_coef is 0, expected more: kl_target multiplies it")
@@ -169,18 +169,17 @@ def set_learning_rate(optimizer, peak, step, steps, warmup):
     for group in optimizer.param_groups:
         group["lr"] = lr
 
-def gradient_step(loss, model, optimizer, max_grad_norm):
+def gradient_step(model, optimizer, max_grad_norm):
     """Clip the gradient, step and clear it; returns its norm before clipping.
 
-    A loss or gradient that is not finite never reaches the weights: FloatingPointError.
+    FloatingPointError for a norm that is not finite: it never reaches the weights.
     """
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
-    finite = math.isfinite(norm + loss)
-    if finite:
-        optimizer.step()
-    optimizer.zero_grad()  # whoever stops early leaves no stale gradient behind
-    if not finite:
-        raise FloatingPointError(f"not finite: loss {loss}, gradient norm {norm}")
+    if not math.isfinite(norm):
+        optimizer.zero_grad()
+        raise FloatingPointError(f"not finite: gradient norm {norm}")
+    optimizer.step()
+    optimizer.zero_grad()
     return norm
 
 # ======== Language model: text becomes probabilities =============================================
@@ -213,7 +212,7 @@ def train_language_model(model, documents, config, optimizer=None, last=None):
         loss = language_model_loss(model, [documents[i] for i in rows])
         loss.backward()
         # One step of Adam.
-        norm = gradient_step(loss.item(), model, optimizer, config.max_grad_norm)
+        norm = gradient_step(model, optimizer, config.max_grad_norm)
         yield {"step": step + 1, "steps": steps, "loss": loss.item(), "grad_norm": norm}
 
 @torch.no_grad()
@@ -291,7 +290,7 @@ def train_reward_model(reward_model, comparisons, config, optimizer=None, last=N
         loss = sum(losses) / len(scores)
         loss.backward()
         # One step of Adam.
-        norm = gradient_step(loss.item(), reward_model, optimizer, config.max_grad_norm)
+        norm = gradient_step(reward_model, optimizer, config.max_grad_norm)
         yield {"step": step + 1, "steps": steps, "loss": loss.item(), "grad_norm": norm,
                "accuracy": ranking_accuracy(scores)}
 
@@ -301,7 +300,6 @@ def ranking_accuracy(rankings):
 
     rankings: a list of scores (K,), best first. A tie counts half.
     """
-    need(rankings, "comparison")
     total = 0.0
     for scores in group_by_length(rankings):                                          # (n, K)
         better, worse = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1)
@@ -312,10 +310,8 @@ def ranking_accuracy(rankings):
 @torch.no_grad()
 def reward_model_accuracy(reward_model, comparisons):
     """`ranking_accuracy` of the reward model's scores of comparisons."""
-    rankings = []
-    for i in range(0, len(comparisons), 32):
-        rankings += score_comparisons(reward_model, comparisons[i:i + 32])
-    return ranking_accuracy(rankings)
+    need(comparisons, "comparison")
+    return ranking_accuracy(score_comparisons(reward_model, comparisons))
 
 @torch.no_grad()
 def reward_scores(reward_model, sampled):
@@ -683,14 +679,10 @@ def collect(policy, reference, reward_fn, prompts, config, generator=None):
     start, eos = time.perf_counter(), policy.gpt.config.eos_token
     sampled = rollout(policy, prompts, config.max_new_tokens, eos, config.temperature, generator)
     seconds, mask = time.perf_counter() - start, sampled.mask
-    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-        raise ValueError("a row of the mask is no prefix of ones: pad on the right")
     # Score the whole responses.
-    scores = reward_fn(sampled)
-    scores = torch.as_tensor(math.nan if scores is None else scores).to(sampled.log_probs)
+    scores = torch.as_tensor(reward_fn(sampled)).to(sampled.log_probs)     # (B,)
     if scores.shape != mask.shape[:1]:
-        raise ValueError(f"reward_fn gave scores of shape {tuple(scores.shape)}, expected "
-                         f"{tuple(mask.shape[:1])}")
+        raise ValueError(f"reward_fn gave {tuple(scores.shape)}, expected ({len(mask)},)")
     if config.missing_eos_score is not None:  # Huang et al. 2403.17031, detail 23
         scores = scores.where(ends(sampled, eos), config.missing_eos_score)
     # Turn them into rewards per token, and those into the advantages of the actions.
@@ -712,11 +704,8 @@ def ppo_loss(policy, batch, config):
     mask, old_log_probs = batch.mask, batch.log_probs
     policy_part = ppo_policy_loss(log_probs, old_log_probs, batch.advantages, mask, config.clip)
     value_part = value_loss(values, batch.values, batch.returns, mask, config.value_clip)
-    # A part whose coefficient is 0 stays out: 0 times an infinite loss would not be 0.
-    loss = policy_part
-    if config.value_coef:
-        loss = loss + config.value_coef * value_part
-    if config.entropy_coef:
+    loss = policy_part + config.value_coef * value_part
+    if config.entropy_coef:  # it costs a pass over all logits
         loss = loss - config.entropy_coef * entropy(logits, mask)
     # How far the policy has moved since the batch was collected.
     log_ratio = log_probs.detach() - old_log_probs                         # (B, T) log ρ
@@ -774,8 +763,7 @@ def ppo_update(policy, optimizer, experience, config, generator=None, documents=
                 metrics["ptx_loss"] = ptx_loss.item()
                 metrics["loss"] += (config.ptx_coef * ptx_loss).item()
             # One step of Adam.
-            metrics["grad_norm"] = gradient_step(metrics["loss"], policy, optimizer,
-                                                 config.max_grad_norm)
+            metrics["grad_norm"] = gradient_step(policy, optimizer, config.max_grad_norm)
             history.append(metrics)
         if stop:
             break
@@ -794,8 +782,6 @@ def train_ppo(policy, reference, reward_fn, prompts, config, optimizer=None, las
     reference: the policy's frozen start, a GPT    prompts, documents (for PPO-ptx): lists of ids
     reward_fn(Rollout) -> scores (B,), but see `collect` for responses that were cut
     """
-    if config.ptx_coef:
-        need(documents, "document, which PPO-ptx needs")
     optimizer, first = begin(policy, optimizer, last)
     steps = config.ppo_iterations
     for step in range(first, steps):
@@ -828,10 +814,8 @@ def experience_metrics(e, eos_token):
     metrics["entropy"] = -float(masked_mean(e.log_probs, e.mask))  # H = −E log π, from the samples
     # 1 − Var(R − V) / Var(R): 1 if V predicts every return, 0 if it is as good as a constant.
     returns, errors = e.returns[e.mask], (e.returns - e.values)[e.mask]
-    variance = returns.var(correction=0)
-    explained = 1 - float(errors.var(correction=0) / variance)
-    varies = variance > 1e-10 * (1 + returns.square().mean())  # below, it is only rounding
-    metrics["explained_variance"] = explained if varies else 0.0
+    unexplained = errors.var(correction=0) / returns.var(correction=0).clamp_min(1e-8)
+    metrics["explained_variance"] = 1 - float(unexplained)
     metrics["rollout_tokens_per_s"] = int(length.sum()) / e.rollout_seconds
     return metrics
 
@@ -1073,8 +1057,8 @@ def run(config, fresh=None):
     stage("ppo", policy, ppo_stage)
 
     # 4. Evaluation on held-out prompts, comparisons and documents.
-    start, score = time.perf_counter(), partial(reward_scores, reward_model)
-    record, samples = evaluate(policy, lm, score, held.prompts, config, judge)
+    start = time.perf_counter()
+    record, samples = evaluate(policy, lm, reward_fn, held.prompts, config, judge)
     record["language_model_loss"] = corpus_loss(lm, held.documents)
     record["reward_model_accuracy"] = reward_model_accuracy(reward_model, held.comparisons)
     if judge:  # labels are noisy: the true reward itself does not predict all of them
@@ -1098,8 +1082,7 @@ def main():
         allow_abbrev=False)
     parser.add_argument("--fresh", nargs="?", const="language_model", choices=tuple(FILES),
                         metavar="STAGE", help="start over from STAGE on: language_model (the "
-                        "default), reward_model or ppo. Otherwise checkpoints in out_dir are used "
-                        "if made with the same settings and data, and refused if not")
+                        "default), reward_model or ppo; without it, checkpoints are used")
     settings = show.parse(parser, Config)
     fresh = settings.pop("fresh")
     run(Config(**settings), fresh)

@@ -110,7 +110,7 @@ def climb(run, rung, batch, shift, seed, rate, budget):
             rlhf.ppo_update(policy, optimizer, e, config, rlhf.seeded(seed, "ladder PPO", step))
         else:
             add_gradient(rung, policy, e, config)
-            rlhf.gradient_step(0.0, policy, optimizer, config.max_grad_norm)
+            rlhf.gradient_step(policy, optimizer, config.max_grad_norm)
     row = held_out(run, policy, config)
     # The curve: KL and both rewards, the mean of each of POINTS parts.
     edges = [i * len(curve) // POINTS for i in range(POINTS + 1)]
