@@ -29,21 +29,13 @@ from model import GPT, ActorCritic, GPTConfig, RewardModel, load_file, save_file
 # ======== Settings, and what every stage needs ===================================================
 # Stage by stage: the reward model comes after sampling, since it is normalised on samples.
 STAGES = ("run", "every stage", "language model", "rollout", "reward model", "ppo", "evaluation")
-RANGES = {  # what a setting is expected to be: the test, and the settings that must pass it
-    "at least 1": (lambda x: x >= 1, "block_size n_layer n_head n_embd lm_batch_size rm_batch_size "
-                   "max_new_tokens ppo_batch_size ppo_epochs minibatch_size micro_batch_size "
-                   "eval_prompts"),
-    "at least 0": (lambda x: x >= 0, "lm_epochs lm_lr rm_epochs rm_lr ppo_iterations ppo_lr "
-                   "kl_coef ptx_coef value_coef entropy_coef"),
-    "more than 0": (lambda x: x > 0, "max_grad_norm temperature kl_target clip value_clip "
-                    "early_stop_kl"),
-    "from 0 to 1": (lambda x: 0 <= x <= 1, "gamma lam"),
-    "a number": (lambda x: True, "seed missing_eos_score")}
-OPTIONAL = ("kl_target", "early_stop_kl", "missing_eos_score")  # None turns these off
+RANGES = {"at least 0": lambda x: x >= 0, "at least 1": lambda x: x >= 1,
+          "more than 0": lambda x: x > 0, "from 0 to 1": lambda x: 0 <= x <= 1,
+          "any number": lambda x: True}
 
-def setting(stage, default, text):
-    """A field of Config: its stage, its default, and its line of --help."""
-    return field(default=default, metadata={"stage": stage, "help": text})
+def setting(stage, default, text, expected="at least 0"):
+    """A field of Config: its stage, its default, its line of --help, the range of a number."""
+    return field(default=default, metadata={"stage": stage, "help": text, "expected": expected})
 
 RUN, EVERY, LM, ROLLOUT, RM, PPO, EVALUATION = (partial(setting, stage) for stage in STAGES)
 
@@ -54,48 +46,47 @@ class Config:
     out_dir: str = RUN("out", "the run writes here and nowhere else")
     data_dir: str = RUN(str(dataset.SHIPPED), "folder with preferences.jsonl")
     init: str | None = RUN(None, "weights to start from: gpt2, or a directory")
-    seed: int = EVERY(0, "seeds every random draw")
-    max_grad_norm: float = EVERY(1.0, "gradient norm above which it is scaled down")
-    block_size: int = LM(128, "context, in tokens")
-    n_layer: int = LM(2, "transformer blocks")
-    n_head: int = LM(4, "attention heads")
-    n_embd: int = LM(128, "width, a multiple of n_head")
+    seed: int = EVERY(0, "seeds every random draw", "any number")
+    max_grad_norm: float = EVERY(1.0, "gradient norm above which it is scaled down", "more than 0")
+    block_size: int = LM(128, "context, in tokens", "at least 1")
+    n_layer: int = LM(2, "transformer blocks", "at least 1")
+    n_head: int = LM(4, "attention heads", "at least 1")
+    n_embd: int = LM(128, "width, a multiple of n_head", "at least 1")
     lm_epochs: int = LM(2, "passes over the corpus")
-    lm_batch_size: int = LM(16, "documents per step")
+    lm_batch_size: int = LM(16, "documents per step", "at least 1")
     lm_lr: float = LM(4e-3, "peak learning rate")
-    max_new_tokens: int = ROLLOUT(64, "T_max: a longer response is cut")
-    temperature: float = ROLLOUT(0.8, "divides the logits, in sampling and in PPO")
+    max_new_tokens: int = ROLLOUT(64, "T_max: a longer response is cut", "at least 1")
+    temperature: float = ROLLOUT(0.7, "divides the logits, in sampling and in PPO", "more than 0")
     rm_epochs: int = RM(1, "passes over the comparisons")
-    rm_batch_size: int = RM(16, "prompts per step")
+    rm_batch_size: int = RM(16, "prompts per step", "at least 1")
     rm_lr: float = RM(1e-3, "peak learning rate")
     ppo_iterations: int = PPO(60, "times collect + update")
-    ppo_batch_size: int = PPO(128, "trajectories per iteration")
-    ppo_epochs: int = PPO(2, "passes over each batch of experience")
-    minibatch_size: int = PPO(32, "trajectories per gradient step")
-    micro_batch_size: int = PPO(16, "trajectories per forward pass")
+    ppo_batch_size: int = PPO(128, "trajectories per iteration", "at least 1")
+    ppo_epochs: int = PPO(1, "passes over each batch of experience", "at least 1")
+    minibatch_size: int = PPO(32, "trajectories per gradient step", "at least 1")
+    micro_batch_size: int = PPO(16, "trajectories per forward pass", "at least 1")
     ppo_lr: float = PPO(5e-4, "peak learning rate")
     kl_coef: float = PPO(0.15, "β, the price of one nat of KL")
-    kl_target: float | None = PPO(None, "KL per response that an adaptive β aims at")
+    kl_target: float | None = PPO(None, "KL per response that an adaptive β aims at", "more than 0")
     ptx_coef: float = PPO(0.0, "weight of the corpus loss in PPO-ptx")
-    gamma: float = PPO(1.0, "γ, the discount")
-    lam: float = PPO(0.95, "λ of GAE")
-    clip: float = PPO(0.2, "ε of PPO's ratio")
-    value_clip: float = PPO(0.2, "ε of the value's change")
+    gamma: float = PPO(1.0, "γ, the discount", "from 0 to 1")
+    lam: float = PPO(0.95, "λ of GAE", "from 0 to 1")
+    clip: float = PPO(0.2, "ε of PPO's ratio", "more than 0")
+    value_clip: float = PPO(0.2, "ε of the value's change", "more than 0")
     value_coef: float = PPO(0.1, "c1, weight of the value loss")
     entropy_coef: float = PPO(0.0, "c2, weight of the entropy bonus")
-    early_stop_kl: float | None = PPO(0.1, "KL per token from π_old that ends an update")
-    missing_eos_score: float | None = PPO(-3.0, "score of a cut response; none: reward_fn's own")
-    eval_prompts: int = EVALUATION(512, "held-out prompts, at most")
+    early_stop_kl: float | None = PPO(0.1, "KL per token that ends an update", "more than 0")
+    missing_eos_score: float | None = PPO(-3.0, "score of a cut response, or none", "any number")
+    eval_prompts: int = EVALUATION(512, "held-out prompts, at most", "at least 1")
 
     def __post_init__(self):
-        types = {f.name: f.type for f in dataclasses.fields(self)}
-        for expected, (test, names) in RANGES.items():
-            for name in names.split():
-                value = getattr(self, name)
-                number = type(value) is int or type(value) is float and types[name] is not int
-                off = value is None and name in OPTIONAL
-                if not off and not (number and abs(value) < 1e30 and test(value)):
-                    raise ValueError(f"{name} is {value!r}, expected {expected}")
+        for f in dataclasses.fields(self):
+            value, expected = getattr(self, f.name), f.metadata["expected"]
+            off = value is None and f.type not in (int, float)
+            number = type(value) is int or type(value) is float and f.type is not int
+            sound = number and abs(value) < 1e30 and RANGES[expected](value)
+            if f.type not in (str, str | None) and not off and not sound:
+                raise ValueError(f"{f.name} is {value!r}, expected {expected}")
         if self.kl_target and not self.kl_coef:
             raise ValueError("kl_coef is 0, expected more: kl_target multiplies it")
 
@@ -333,7 +324,7 @@ def normalize_rewards(reward_model, reference, prompts, config):
 
     PPO's constants (β, value_clip) assume rewards of this scale. Where all samples score the same,
     but for rounding, there is no scale to take, and the head is only shifted.
-    returns: whether there was a scale    Source: Ziegler et al. 1909.08593, section 2.
+    Source: Ziegler et al. 1909.08593, section 2.
     """
     generator, scores = seeded(config.seed, "normalize", 0), []
     prompts, eos = draw(prompts, 512, generator, "prompt"), reference.config.eos_token
@@ -344,12 +335,12 @@ def normalize_rewards(reward_model, reference, prompts, config):
     std, mean = torch.std_mean(torch.cat(scores), correction=0)
     # The head is linear, so it can hold both: r ← (r − mean) / std.
     head = reward_model.reward_head
-    scaled = bool(std > 1e-4 * (1 + mean.abs()))
     head.bias.sub_(mean)
-    if scaled:
+    if std > 1e-4 * (1 + mean.abs()):
         head.weight.div_(std)
         head.bias.div_(std)
-    return scaled
+    else:
+        print("note: all samples score the same, so rewards are shifted and not scaled")
 
 # ======== Trajectories: sampling from the policy =================================================
 @dataclass
@@ -1037,8 +1028,7 @@ def run(config, fresh=None):
 
     def reward_stage(*state):
         yield from train_reward_model(reward_model, train.comparisons, config, *state)
-        if not normalize_rewards(reward_model, lm, train.prompts, config):
-            print("note: all samples score the same, so rewards are shifted and not scaled")
+        normalize_rewards(reward_model, lm, train.prompts, config)
     stage("reward_model", reward_model, reward_stage)
 
     # 3. PPO: the policy starts as the language model and learns from the reward model.

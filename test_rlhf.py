@@ -327,15 +327,16 @@ def test_every_response_is_read_at_its_end_and_every_prompt_weighs_the_same():
 
 @pytest.mark.parametrize("bias, weight, only_rounding", [(5.0, 1.0, False), (1e5, 1e-2, True)])
 def test_normalized_scores_have_mean_0_and_std_1_on_samples_of_the_reference(
-        bias, weight, only_rounding, monkeypatch):
+        bias, weight, only_rounding, monkeypatch, capsys):
     """r ← (r − E r) / σ_r over samples of π_ref: PPO's constants assume that scale.
     Near 1e5 floats lie 0.008 apart. Where σ_r is only such rounding, nothing is divided by it."""
     reference, model, seen = tiny_gpt(1).float(), tiny_reward_model(bias).float(), []
     model.reward_head.weight.data *= weight
     before, sample = copy.deepcopy(model), rlhf.rollout
     monkeypatch.setattr(rlhf, "rollout", lambda *a, **k: seen.append(sample(*a, **k)) or seen[-1])
-    scaled = rlhf.normalize_rewards(model, reference, [[3, 1], [3, 2]], Config(max_new_tokens=5))
-    assert scaled is not only_rounding and same(model.gpt, before.gpt)
+    rlhf.normalize_rewards(model, reference, [[3, 1], [3, 2]], Config(max_new_tokens=5))
+    assert ("not scaled" in capsys.readouterr().out) is only_rounding
+    assert same(model.gpt, before.gpt)
     old, new = [torch.cat([rlhf.reward_scores(m, r) for r in seen]) for m in (before, model)]
     assert len(new) >= 256 and old.std() > 1e-4
     std = 1 if only_rounding else old.std(correction=0)
@@ -1786,8 +1787,12 @@ def test_a_wrong_command_line_names_the_flag(tmp_path, monkeypatch, refused, wor
 def test_a_setting_out_of_its_range_or_of_another_kind_is_refused_by_name(shell):
     """The least value is accepted, less is not; nor is NaN, infinity, a text or a truth value."""
     leasts = {"at least 1": 1, "at least 0": 0, "more than 0": 1e-9, "from 0 to 1": 0}
-    for least, name in [(least, name) for expected, least in leasts.items()
-                        for name in rlhf.RANGES[expected][1].split()]:
+    kinds = {f.name: f.metadata["expected"] for f in dataclasses.fields(Config)
+             if f.type not in (str, str | None)}
+    above_0 = {"max_grad_norm", "temperature", "kl_target", "clip", "value_clip", "early_stop_kl"}
+    assert {name for name, kind in kinds.items() if kind == "more than 0"} == above_0
+    assert {name for name, kind in kinds.items() if kind == "from 0 to 1"} == {"gamma", "lam"}
+    for name, least in [(name, leasts[kind]) for name, kind in kinds.items() if kind in leasts]:
         assert getattr(Config(**{"n_head": 1, name: least}), name) == least
         bad = [least - 1, True, "1", math.nan, math.inf, -math.inf, [1]]
         for value in bad + [2] * (name in ("gamma", "lam")) + [1.5] * (least == 1):

@@ -2,15 +2,15 @@
 
 It reads a review as a labeler who knows the films and the ways in which people write about them:
 the tables of `grammar.txt`. `parse` cuts each sentence into the phrases of those tables, longest
-first, and remembers what each phrase says: which film and topic it is about, whether it praises or
-blames, and whether it gives a reason. `terms` adds up what the annotator was told to look for. Each
-term is bounded. The data card, README.md, says the same in words.
-
-The true reward makes the labels and evaluates a run. Training never sees it.
+first, with what each says: which film and topic it is about, whether it praises or blames, whether
+it gives a reason. `terms` adds up what the annotator was told to look for (README.md says it in
+words); each term is bounded. The true reward makes the labels and evaluates a run: training never
+sees it.
 """
-
+import collections
 import dataclasses
 import functools
+import itertools
 import pathlib
 import re
 
@@ -28,44 +28,29 @@ did done have has had having i me my mine we us our you your he him his she her 
 their who whom whose what which when where while why how because so not no never nothing nobody
 none only just too very more most less least much many few all any some every each both one two
 other another such own same even still yet ever again once after before until since can could may
-might must shall should will would cannot get gets make makes made go goes come comes see film
-like way thing things people somebody someone anyone everyone everything
+might must shall should will would cannot get gets make makes made go goes come comes see film like
+way thing things people somebody someone anyone everyone everything enough
 """.split())
-
 
 @dataclasses.dataclass
 class Film:
     """A film of the tables. `reasons` maps a topic to its praise (+) and its blame (-)."""
     title: str
-    genre: str
-    facts: dict = dataclasses.field(default_factory=dict)   # place, task, good, bad
+    facts: dict = dataclasses.field(default_factory=dict)   # genre, genres, place, task, good, bad
     people: dict = dataclasses.field(default_factory=dict)  # kind -> (name, pronoun, role)
     topics: dict = dataclasses.field(default_factory=dict)  # name -> kind
     images: dict = dataclasses.field(default_factory=dict)  # scene -> image
     reasons: dict = dataclasses.field(default_factory=dict)  # (topic, "+" or "-") -> sentences
 
-    @property
-    def genres(self):
-        return self.genre[:-1] + "ies" if self.genre.endswith("y") else self.genre + "s"
-
-
 @dataclasses.dataclass(frozen=True)
 class Phrase:
     """What a phrase of the tables says. `sign` is 1 for praise, -1 for blame, 0 for neither."""
-    kind: str                  # reason, image, name, fact, or the section of the tables
+    kind: str                  # reason, image, name, fact, or the section of the tables; else
+    #                            broken (begins as a phrase, does not end as one) or loose (a word)
     sign: int = 0
     film: str | None = None
     topic: str | None = None
     pronoun: str | None = None  # of a person
-
-
-@dataclasses.dataclass
-class Item:
-    """A stretch of a sentence: a phrase with its words, or words that belong to no phrase."""
-    words: list
-    phrase: Phrase | None = None
-    broken: bool = False       # begins as a phrase and does not end as one
-
 
 @functools.cache
 def read_grammar(path=GRAMMAR):
@@ -85,24 +70,20 @@ def read_grammar(path=GRAMMAR):
             for head in heads:
                 sections.setdefault(head, []).append(weighted)
         elif key == "film":
-            film = Film(*parts)
+            film = Film(parts[0], {"genre": parts[1:2], "genres": parts[2:]})
             films.append(film)
         elif key in ("place", "good", "bad"):
             film.facts[key] = parts
-        elif key in ("lead", "partner"):
-            topic = parts[0]
-            film.people[key], film.topics[topic] = parts[:3], key
-            if key == "lead":
-                film.facts["task"] = parts[3:]
-        elif key == "director" and rest:
-            film.people[key], film.topics[parts[0]] = (*parts, ""), key
-        elif key in ("scene", "look", "story"):
+        elif key == "director" and not rest:  # what may be said of any director
+            topic = key
+        elif key in ("lead", "partner", "director", "scene", "look", "story"):
             topic = parts[0]
             film.topics[topic] = key
             if key == "scene":
                 film.images[topic] = parts[1]
-        elif key == "director":  # what may be said of any director
-            topic = key
+            elif key not in ("look", "story"):
+                film.people[key] = (*parts, "")[:3]
+                film.facts["task"] = film.facts.get("task") or parts[3:]
         elif key == "any":
             topic = rest
             for film in films:
@@ -117,11 +98,9 @@ def read_grammar(path=GRAMMAR):
             raise ValueError(f"{path}: {line!r} is no line of a grammar")
     return films, sections
 
-
 def words_of(text):
     """The words of a text in lower case."""
     return WORD.findall(text.lower())
-
 
 def add_phrase(trie, text, phrase):
     """Enters a phrase; the same words with another meaning keep only what both have in common."""
@@ -132,12 +111,8 @@ def add_phrase(trie, text, phrase):
         return
     old = node.setdefault("", phrase)
     if old != phrase:
-        common = {}
-        for field, value in dataclasses.asdict(old).items():
-            common[field] = value if value == getattr(phrase, field) else None
-        common["kind"], common["sign"] = common["kind"] or "piece", common["sign"] or 0
-        node[""] = Phrase(**common)
-
+        common = {key: x for key, x in vars(old).items() if x == getattr(phrase, key)}
+        node[""] = Phrase(**{"kind": "piece"} | common)
 
 def pieces(template, pronoun):
     """The fixed texts of a template between slots and full stops, with pronouns filled in."""
@@ -147,7 +122,6 @@ def pieces(template, pronoun):
     for slot, text in filled.items():
         template = template.replace(slot, text)
     return re.split(r"\{\w+\}|[.?]", template)
-
 
 @functools.cache
 def phrases():
@@ -166,8 +140,6 @@ def phrases():
     for film in films:
         title = film.title
         add_phrase(trie, title, Phrase("title", film=title))
-        for genre in (film.genre, film.genres):
-            add_phrase(trie, genre, Phrase("fact", film=title))
         for key, facts in film.facts.items():
             for fact in facts:
                 sign = (key == "good") - (key == "bad")
@@ -188,30 +160,27 @@ def phrases():
                     add_phrase(trie, reason, said)
     return trie
 
-
 def parse(text):
-    """The sentences of a text, each as a list of items, longest phrases first."""
+    """The sentences of a text, each as a list of (words, Phrase), longest phrases first."""
     sentences = []
     for sentence in SENTENCE.findall(text.lower()):
         words, items, start = WORD.findall(sentence), [], 0
         while start < len(words):
-            node, end, phrase, reach = phrases(), start, None, start
+            node, end, phrase, reach = phrases(), start + 1, Phrase("loose"), start
             while reach < len(words) and words[reach] in node:
                 node = node[words[reach]]
                 reach += 1
                 if "" in node:
                     end, phrase = reach, node[""]
-            broken = phrase is None and reach - start >= 3
-            end = max(end, reach if broken else start + 1)
-            items.append(Item(words[start:end], phrase, broken))
+            if phrase.kind == "loose" and reach - start >= 3:
+                end, phrase = reach, Phrase("broken")
+            items.append((words[start:end], phrase))
             start = end
         if items:
             sentences.append(items)
     return sentences
 
-
 # -- what the annotator looks for, each a term in logits
-
 def repetitions(text):
     """How many content words return, how many words are doubled, and "X and X"."""
     text = text.lower()
@@ -223,62 +192,52 @@ def repetitions(text):
     twins = sum(one == two for one, two in zip(words, words[2:]) if one not in COMMON)
     return len(content) - len(set(content)), doubled, twins
 
-
 def sign_of(items):
     """1 if a sentence praises on the whole, -1 if it blames, 0 if neither."""
-    total = sum(item.phrase.sign for item in items if item.phrase)
+    total = sum(phrase.sign for _, phrase in items)
     return (total > 0) - (total < 0)
 
-
-def score_recommendation(sentences):
-    """Is the film recommended? All sentences with an opinion count; two are enough."""
-    signs = [sign for sign in map(sign_of, sentences) if sign]
-    return 2.5 * sum(signs) / max(len(signs), 2)
-
+def opinions(sentences):
+    """The signs of the sentences that have an opinion."""
+    return [sign for sign in map(sign_of, sentences) if sign]
 
 def score_reasons(sentences):
     """A reason that belongs to the topic last named: the first pays most, the third nothing.
 
-    A reason for something else than what was just named is off the point, and so is a second one
-    in the same sentence, which has been run together with the first. A reason that speaks against
-    what it should support counts for nothing.
+    Off the point are a reason for something else, and a second one in the same sentence, which has
+    been run together with the first. A reason against what it should support counts for nothing.
     """
-    topic, stance, praise, blame, stray, seen = None, 0, 0, 0, 0, set()
+    topic, stance, praise, blame, stray, seen = None, 0, 0, 0, 0, []
     for items in sentences:
-        given = 0  # in this sentence; a second one has been run together with the first
-        for item in items:
-            phrase = item.phrase
-            if phrase and phrase.kind in ("name", "image") and phrase.topic:
+        given = 0  # in this sentence
+        for words, phrase in items:
+            if phrase.kind in ("name", "image") and phrase.topic:
                 topic = phrase.topic
-            if not phrase or phrase.kind != "reason":
-                stance = phrase.sign or stance if phrase else stance
+            if phrase.kind != "reason":
+                stance = phrase.sign or stance
                 continue
             given += 1
             if given > 1 or topic is None or phrase.topic not in (None, topic):
                 stray += 1
-            elif tuple(item.words) not in seen and phrase.sign * stance >= 0:
+            elif words not in seen and phrase.sign * stance >= 0:
                 praise += phrase.sign > 0
                 blame += phrase.sign < 0
-            seen.add(tuple(item.words))
-    earned = (0, 2.2, 3.0)[min(praise, 2)] + (0, 0.9, 1.2)[min(blame, 2)]
-    return min(earned, 3.0) - min(2.0 * stray, 4.0)
-
+            seen.append(words)
+    earned = (0, 2.0, 3.4)[min(praise, 2)] + (0, 0.9, 1.4)[min(blame, 2)]
+    return min(earned, 3.4) - min(2.0 * stray, 4.0)
 
 def score_unity(sentences):
     """One film: each other film costs, and so does a pronoun that nobody named so far can own."""
-    films, owners, wrong = [], set(), 0
-    for item in (item for items in sentences for item in items if item.phrase):
-        phrase = item.phrase
-        if phrase.film and phrase.film not in films:
-            films.append(phrase.film)
-        if phrase.pronoun:
-            owners.add(phrase.pronoun)
-        free = phrase.kind not in ("reason", "image", "fact", "vague", "ramble")
-        for word in item.words if free else item.words[:1]:
+    films, owners, wrong = set(), set(), 0
+    for words, phrase in itertools.chain(*sentences):
+        films.add(phrase.film)
+        owners.add(phrase.pronoun)
+        if phrase.kind in ("reason", "image", "fact", "vague", "ramble"):
+            words = words[:1]  # the pronouns behind it are its own
+        for word in words if phrase.kind not in ("loose", "broken") else ():
             pronoun = {"him": "he", "his": "he", "her": "she"}.get(word, word)
             wrong += pronoun in PRONOUNS and pronoun not in owners
-    return -min(2.0 * max(len(films) - 1, 0) + 1.5 * wrong, 5.0)
-
+    return -min(2.0 * max(len(films - {None}) - 1, 0) + 1.5 * wrong, 5.0)
 
 def score_turns(sentences):
     """Words of contrast stand where praise turns to blame or back, and nowhere else."""
@@ -286,81 +245,69 @@ def score_turns(sentences):
     last, turned = 0, False
     for items in sentences:
         inside = 0
-        for item in items:
-            loose = not item.phrase and not item.broken and TURNS & set(item.words)
-            if loose or item.phrase and item.phrase.kind == "turn" and not item.phrase.sign:
-                turned = True
-                inside = 0
-            sign = item.phrase.sign if item.phrase else 0
-            if not sign:
-                continue
-            if turned:
-                false += sign == last
-            elif last and sign != last:
+        for words, phrase in items:
+            sign = phrase.sign
+            if phrase.kind == "loose" and words[0] in TURNS or phrase.kind == "turn" and not sign:
+                turned, inside = True, 0
+            if sign and turned:
+                false += sign != -last  # nothing has turned
+            elif sign and last and sign != last:
                 clash += sign == -inside
                 missing += sign != -inside
-            last, inside, turned = sign, sign, False
+            if sign:
+                last, inside, turned = sign, sign, False
     return -min(1.8 * false + 1.2 * missing + 2.0 * clash, 4.0)
-
 
 def score_filler(sentences):
     """What says nothing, what leads away from the film, and praise without a reason, piled up."""
-    kinds = [{item.phrase.kind for item in items if item.phrase} for items in sentences]
-    vague = sum("vague" in kind for kind in kinds)
-    ramble = sum("ramble" in kind for kind in kinds)
-    stock = sum("stock" in kind for kind in kinds)
+    kinds = [{phrase.kind for _, phrase in items} for items in sentences]
+    count = collections.Counter(itertools.chain(*kinds))
     bare = sum(sign_of(items) > 0 and "reason" not in kind
                for items, kind in zip(sentences, kinds))
-    return -min(0.8 * vague + 1.2 * ramble + 0.7 * stock + 0.9 * max(bare - 2, 0), 4.0)
-
+    cost = 0.8 * count["vague"] + 1.2 * count["ramble"] + 0.7 * count["stock"]
+    return -min(cost + 0.9 * max(bare - 2, 0), 4.0)
 
 def score_length(sentences):
     """Two or three sentences; one is a stub, more than four are too many."""
-    words = sum(len(item.words) for items in sentences for item in items)
+    words = sum(len(words) for words, _ in itertools.chain(*sentences))
     count = len(sentences)
     number = -1.5 if count < 2 else -0.4 * (count > 3) - 0.9 * max(count - 4, 0)
     return max(number - 0.25 * max(10 - words, 0) - 0.1 * max(words - 55, 0), -8.0)
 
-
-def score_repetition(text):
-    """Each repetition costs more than another praise earns."""
-    again, doubled, twins = repetitions(text)
-    return -min(1.2 * again + 1.8 * doubled + 1.5 * twins, 8.0)
-
-
 def score_english(text, sentences):
     """Words that belong to no phrase, phrases that break off, sentences without a capital."""
-    loose = sum(len(item.words) for items in sentences for item in items if not item.phrase)
-    broken = sum(item.broken for items in sentences for item in items)
+    items = list(itertools.chain(*sentences))
+    loose = sum(len(words) for words, phrase in items if phrase.kind in ("loose", "broken"))
+    broken = sum(phrase.kind == "broken" for _, phrase in items)
     small = sum(part.strip()[:1].islower() for part in SENTENCE.findall(text))
     return -min(0.3 * loose + 1.0 * broken + 0.7 * small, 7.0)
-
 
 def score_ending(text, sentences):
     """A full stop at the end; a verdict as the last step that fits what was said."""
     if not text.rstrip().endswith((".", "!", "?")):
         return -2.5
-    verdict = any(item.phrase and item.phrase.kind == "verdict" for item in sentences[-1])
-    signs = {sign for sign in map(sign_of, sentences) if sign}
-    return 0.6 if verdict and len(sentences) > 1 and len(signs) == 1 else 0.0
-
+    verdict = any(phrase.kind == "verdict" for _, phrase in sentences[-1])
+    one_sided = len(set(opinions(sentences))) == 1
+    return 0.6 if verdict and len(sentences) > 2 and one_sided else 0.0
 
 def terms(prompt, response):
     """The terms of the true reward by name."""
     text = prompt + response
     sentences = parse(text)
+    signs = opinions(sentences)
+    again, doubled, twins = repetitions(text)
     return {
-        "recommendation": score_recommendation(sentences),
+        # All sentences with an opinion count, and two are enough.
+        "recommendation": 2.5 * sum(signs) / max(len(signs), 2),
         "reasons": score_reasons(sentences),
         "one film": score_unity(sentences),
         "turns": score_turns(sentences),
         "filler": score_filler(sentences),
         "length": score_length(sentences),
-        "repetition": score_repetition(text),
+        # Each repetition costs more than another praise earns.
+        "repetition": -min(1.2 * again + 1.8 * doubled + 1.5 * twins, 8.0),
         "English": score_english(text, sentences),
-        "ending": score_ending(text, sentences),
-    }
-
+        "ending": score_ending(text, sentences)}
 
 def true_reward(prompt, response):
     """The utility of a response to a prompt, in logits: the sum of the terms, at least -11.

@@ -23,7 +23,7 @@ import statistics
 from data.reviews.annotator import Film, PRONOUNS, read_grammar, repetitions, true_reward, words_of
 
 HERE = pathlib.Path(__file__).parent
-REVIEWS, POOL, RANKINGS = 24_000, 100_000, 12_000
+REVIEWS, POOL, RANKINGS = 24_000, 100_000, 16_000
 FILMS, SECTIONS = read_grammar()
 
 
@@ -43,7 +43,7 @@ class Sentence:
     def __str__(self):
         """The text, from its capital to its full stop."""
         film, topic, template = self.film, self.topic, self.template
-        slots = {"T": film.title, "g": film.genre, "gs": film.genres}
+        slots = {"T": film.title}
         slots |= {key: values[0] for key, values in film.facts.items()}
         slots["P"], pronoun, slots["R"] = film.people[self.person()]
         slots["s"], slots["o"], slots["h"] = PRONOUNS[pronoun]
@@ -114,9 +114,7 @@ class Writer:
         template = self.rng.choices([text for text, _ in lines], [weight for _, weight in lines])[0]
         reason = None
         if "{why}" in template or "{Why}" in template:
-            given = {sentence.reason for sentence in self.sentences}
-            reasons = [one for one in self.film.reasons[topic, sign] if one not in given]
-            reason = self.rng.choice(reasons)
+            reason = self.rng.choice(self.reasons(topic, sign))
         self.used.add(topic)
         sentence = Sentence(section, template, self.film, topic, reason, sign, self.companion)
         self.sentences.append(sentence)
@@ -167,17 +165,17 @@ class Writer:
         steps = {"further": 30, "more": 26, "next": 14, "vague": 5, "ramble": 8, "stock": 6,
                  "stop": 11}
         if sign == "0":
-            steps = {"vague": 32, "ramble": 20, "claim": 14, "turn": 18, "stop": 16}
+            steps = {"vague": 32, "ramble": 20, "claim": 14, "save": 18, "stop": 16}
         elif topic is None:  # nothing has been said yet
             steps = {"next": 25, "vague": 20, "ramble": 20, "stock": 20, "stop": 15}
         step = self.draw(steps)
-        if step == "turn":
+        if step == "save":
             self.sign = self.attitude = "+"
-            return self.turn()
-        if step == "further" and self.said(topic) == len(self.film.reasons[topic, sign]):
+            return self.turn("save")
+        if step == "further" and not self.reasons(topic, sign):
             step = "more"
         if step == "next":
-            topic = self.topic("lead", "any")
+            topic = self.topic(*EVERYTHING[1:6])
         if step == "claim":
             topic = self.topic(*CLASSES["with"])
         if step in ("vague", "ramble"):
@@ -188,15 +186,20 @@ class Writer:
             self.say(step + sign, sign, topic)
         return topic
 
-    def turn(self):
+    def turn(self, section="turn"):
         """But something else is better, or worse."""
         topic = self.topic("any")
-        self.say("turn" + self.sign, self.sign, topic)
+        self.say(section + self.sign, self.sign, topic)
         return topic
 
-    def said(self, topic):
-        """How many reasons have been given on a topic."""
-        return sum(sentence.topic == topic and bool(sentence.reason) for sentence in self.sentences)
+    def reasons(self, topic, sign):
+        """The reasons that may come next: any, or the one behind the last that was given."""
+        reasons = self.film.reasons[topic, sign]
+        given = [one.reason for one in self.sentences if one.reason in reasons]
+        if not given:
+            return reasons
+        following = reasons[(reasons.index(given[-1]) + 1) % len(reasons)]
+        return [] if following in given else [following]
 
     def write(self):
         """All steps: the sentences of a review."""
@@ -294,9 +297,9 @@ def say_again(rng, sentences, prompt):
     """The same sentence again, the same reason again, or the same topic named again."""
     i = rng.randrange(len(sentences))
     one = sentences[i]
-    if rng.random() < 0.4 or not one.reason or len(one.film.reasons[one.topic, one.sign]) < 2:
+    if rng.random() < 0.3 or not one.reason or len(one.film.reasons[one.topic, one.sign]) < 2:
         return text_of([*sentences[:i + 1], *sentences[i:]])
-    if rng.random() < 0.5:  # "Better still," and the same reason
+    if rng.random() < 0.7:  # "Better still," and the same reason
         template = rng.choice(SECTIONS["further" + one.sign, ""])[0]
         again = dataclasses.replace(one, section="further" + one.sign, template=template)
         return text_of([*sentences[:i + 1], again, *sentences[i + 1:]])
@@ -309,16 +312,16 @@ def say_again(rng, sentences, prompt):
 
 
 def false_contrast(rng, sentences, prompt):
-    """A word of contrast between two praises, or two blames."""
+    """A word of contrast where nothing turns."""
     if len({sentence.sign for sentence in sentences} & {"+", "-"}) != 1:
         return None
     text = text_of(sentences)
-    signed = [i for i, sentence in enumerate(sentences) if sentence.sign != "0"]
+    signed = [i for i, sentence in enumerate(sentences) if i and sentence.sign != "0"]
     if ", because " in text[len(prompt):] and rng.random() < 0.4:
         head, tail = text[:len(prompt)], text[len(prompt):]
         return head + tail.replace(", because ", rng.choice((", but ", ", yet ", ", although ")), 1)
-    if len(signed) > 1:
-        i = rng.choice(signed[1:])
+    if signed:
+        i = rng.choice(signed)
         said = str(sentences[i])
         keep = said.startswith("I ") or said.split()[0] in NAMES
         said = said if keep else said[0].lower() + said[1:]
@@ -326,25 +329,13 @@ def false_contrast(rng, sentences, prompt):
         return " ".join([*map(str, sentences[:i]), turn + said, *map(str, sentences[i + 1:])])
 
 
-def other_film(rng, sentences, prompt):
-    """A sentence that belongs to another film, or the wrong pronoun."""
+def wrong_pronoun(rng, sentences, prompt):
+    """He for she, or she for he."""
     text = text_of(sentences)
-    if rng.random() < 0.1:
-        head, tail = text[:len(prompt)], text[len(prompt):]
-        swap = {"he": "she", "him": "her", "his": "her", "she": "he", "her": "him"}
-        swap |= {capital(key): capital(value) for key, value in swap.items()}
-        return head + re.sub(r"\b(?:" + "|".join(swap) + r")\b", lambda found: swap[found[0]], tail)
-    i = rng.randrange(len(sentences))
-    one, film = sentences[i], rng.choice(FILMS)
-    kind = one.film.topics.get(one.topic)
-    topics = [topic for topic, other in film.topics.items() if other == kind]
-    if film is one.film or not topics or kind == "any" or i == 0 and not one.reason:
-        return None
-    topic = rng.choice(topics)
-    if one.reason and (i == 0 or rng.random() < 0.4):
-        return changed(sentences, i, reason=rng.choice(film.reasons[topic, one.sign]))
-    reason = one.reason and rng.choice(film.reasons[topic, one.sign])
-    return changed(sentences, i, film=film, topic=topic, reason=reason)
+    swap = {"he": "she", "him": "her", "his": "her", "she": "he", "her": "him"}
+    swap |= {capital(key): capital(value) for key, value in swap.items()}
+    pronouns = r"\b(?:" + "|".join(swap) + r")\b"
+    return text[:len(prompt)] + re.sub(pronouns, lambda found: swap[found[0]], text[len(prompt):])
 
 
 def contradict(rng, sentences, prompt):
@@ -386,8 +377,8 @@ def gush(rng, sentences, prompt):
 
 FLAWS = {  # and how eagerly each is tried: some can seldom be made
     "doubled word": (double_word, 1.2), "X and X": (twin_word, 1), "said again": (say_again, 1.2),
-    "false contrast": (false_contrast, 0.8), "cut off": (cut_off, 0.3), "gushing": (gush, 1),
-    "other film": (other_film, 6), "contradiction": (contradict, 2), "crossed": (cross, 4)}
+    "false contrast": (false_contrast, 1.5), "cut off": (cut_off, 0.3), "gushing": (gush, 1),
+    "wrong pronoun": (wrong_pronoun, 6), "contradiction": (contradict, 2), "crossed": (cross, 4)}
 NAMES = {name for film in FILMS for people in film.people.values() for name in people[0].split()}
 
 
@@ -424,7 +415,7 @@ def comparisons(rng, pool):
     index = openings(pool)
     while True:
         words = rng.choice(pool)[0].split(" ")
-        count = rng.choice((2, 3, 3, 4, 4, 5, 5, 6, 7, 8))
+        count = rng.choice((2, 3, 3, 4, 4, 5, 5, 6, 7))
         prompt = " ".join(words[:count])
         while count > 2 and (len(index.get(prompt, ())) < 3 or prompt[-1] in ".?"):
             count -= 1
