@@ -1847,45 +1847,38 @@ def test_make_reviews_regenerates_every_file_byte_for_byte(tmp_path):
 # ======== 19. The studies: the ladder and the frontier ===========================================
 def listed_experience(w, rows):
     """The listed world's trajectories `rows` as a batch, with its exact values."""
-    mask, log_probs, rewards = w.mask[rows], w.log_probs[rows], w.rewards[rows]
     prompts = [list(w.world.states[i]) for i in w.world.state_of[rows, 0]]
     tokens, _ = rlhf.pad([x + y for x, y in zip(prompts, w.world.actions[rows].tolist())], "cpu")
     return rlhf.Experience(
-        tokens=tokens, prompt_lengths=w.world.prompt_lengths[rows], mask=mask, rewards=rewards,
-        actions=w.world.actions[rows], log_probs=log_probs, ref_log_probs=log_probs,
-        values=w.values[rows], scores=rewards.sum(1), advantages=None, returns=None,
-        rollout_seconds=0.0)
+        tokens=tokens, prompt_lengths=w.world.prompt_lengths[rows], actions=w.world.actions[rows],
+        mask=w.mask[rows], log_probs=w.log_probs[rows], ref_log_probs=w.log_probs[rows],
+        values=w.values[rows], rewards=w.rewards[rows], scores=w.rewards[rows].sum(1),
+        advantages=None, returns=None, rollout_seconds=0.0)
 
 @pytest.mark.parametrize("rung", ["REINFORCE", "rewards-to-go", "baseline", "GAE", "RLOO", "GRPO"])
 def test_a_batch_of_a_rung_is_the_mean_of_its_trajectories_in_any_micro_batches(rung):
-    """(1/N) Σ_i Σ_t w_t ∇log π(a_t|s_t); without groups, the weights w_t are those of section 5.
-    The critic learns from half the squared error per trajectory, times value_coef."""
+    """(1/N) Σ_i Σ_t w_t ∇log π(a_t|s_t), w_t as in section 5; the critic's from ½ Σ_t (V − R)²."""
     w, rows = listed(0), torch.tensor([0, 5, 9, 30, 41, 50, 66, 79])
-    e, policy = listed_experience(w, rows), tiny_policy(0)
+    e, policy = listed_experience(w, rows), ActorCritic(w.gpt)
     weights = ladder.step_weights(rung, e)
-    whole = torch.zeros_like(w.rewards)
-    whole[rows] = weights
-    expected = policy_gradients(w, whole)[rows].mean(0)
+    expected = torch.einsum("nt,ntd->d", weights, w.grad_log_pi[rows]) / 8
     _, values, _ = rlhf.forward_responses(policy, e, 1.0)
-    error = 0.5 * (values - weights - e.values)**2 * e.mask
-    by_value, = torch.autograd.grad(error.sum() / 8, policy.value_head.weight)
+    errors = 0.5 * (values - weights - e.values)**2 * e.mask
+    by_value, = torch.autograd.grad(errors.sum() / 8, policy.value_head.weight)
     for size in (1, 3, 8):
-        config = Config(temperature=1.0, value_coef=0.0, micro_batch_size=size)
-        actor, critic = ActorCritic(w.gpt), copy.deepcopy(policy)
-        ladder.add_gradient(rung, actor, e, config)
-        close(-torch.cat([p.grad.flatten() for p in actor.gpt.parameters()]), expected)
-        ladder.add_gradient(rung, critic, e, dataclasses.replace(config, value_coef=0.5))
+        policy.zero_grad()
+        config = Config(temperature=1.0, value_coef=0.5, micro_batch_size=size)
+        ladder.add_gradient(rung, policy, e, config)
+        close(-torch.cat([p.grad.flatten() for p in policy.gpt.parameters()]), expected)
         if rung in ladder.CRITICS:
-            close(critic.value_head.weight.grad, 0.5 * by_value)
+            close(policy.value_head.weight.grad, 0.5 * by_value)
     known = WEIGHTS | {"GAE": lambda w: gae(w.rewards, w.values, w.mask)}
     assert rung not in known or torch.allclose(weights, known[rung](w)[rows])
 
 def group_expectation(w, divide):
     """E of the gradient estimate from two independent responses to each prompt, by listing all."""
-    total, n = w.rewards.sum(1), len(w.p)
-    prompt = w.world.state_of[:, 0]
-    i, j = torch.cartesian_prod(torch.arange(n), torch.arange(n)).T
-    i, j = i[prompt[i] == prompt[j]], j[prompt[i] == prompt[j]]
+    total, prompt = w.rewards.sum(1), w.world.state_of[:, 0]
+    i, j = (prompt[:, None] == prompt).nonzero().T                         # 2 × (pairs,)
     pairs = torch.stack([total[i], total[j]], dim=1).flatten()
     weights = ladder.group_weights(pairs, 2, divide).view(-1, 2)           # (pairs, 2)
     p = w.p[i] * w.p[j] * len(w.world.prompts)  # p(x) p(y|x) p(y'|x)
@@ -1901,41 +1894,48 @@ def test_the_mean_of_the_other_responses_is_a_baseline_without_bias(seed):
 def test_division_by_the_std_of_the_group_turns_the_gradient(seed):
     """GRPO is biased, and not by a factor: its expectation has another direction than ∇J."""
     biased = group_expectation(listed(seed), divide=True)
-    cosine = torch.cosine_similarity(biased, listed(seed).grad_J, dim=0)
-    print(f"\ncosine of GRPO's expected gradient with ∇J, world {seed}: {cosine:.3f}")
-    assert cosine < 0.995
+    assert torch.cosine_similarity(biased, listed(seed).grad_J, dim=0) < 0.995
 
 def test_group_weights_by_hand():
-    """Returns 1, 2, 6 of one prompt: the others' means are 4, 3.5, 1.5. A tie weighs nothing, and
-    neither does a constant added to all scores."""
-    returns, std = f64([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]), (14 / 3)**0.5
-    for shift in (0, 5):
-        close(ladder.group_weights(returns + shift, 3), [-3.0, -1.5, 4.5, 0.0, 0.0, 0.0])
-        close(ladder.group_weights(returns + shift, 3, divide=True),
-              [-2 / std, -1 / std, 3 / std, 0, 0, 0], atol=1e-3)
+    """Returns 6, 7, 11 to one prompt: the others' means are 9, 8.5, 6.5. A tie weighs nothing."""
+    returns, std = f64([6.0, 7.0, 11.0, 5.0, 5.0, 5.0]), (14 / 3)**0.5
+    close(ladder.group_weights(returns, 3), [-3.0, -1.5, 4.5, 0.0, 0.0, 0.0])
+    close(ladder.group_weights(returns, 3, True), [-2 / std, -1 / std, 3 / std, 0, 0, 0], 1e-3)
 
-def test_the_studies_run_and_measure_nothing_twice(world_run, monkeypatch, capsys):
-    """Each job is a row of studies.jsonl; the same study again reads them all."""
+def test_the_measured_variance_of_reinforce_comes_near_the_exact_one(monkeypatch):
+    w, config = listed(0), Config(temperature=1.0)
+    rows = torch.multinomial(w.p, 3200, replacement=True, generator=draws()).view(-1, 8)
+    sampled = ((0, 0, listed_experience(w, batch), config) for batch in rows)
+    monkeypatch.setattr(ladder, "batches", lambda *_: sampled)
+    run = SimpleNamespace(lm=w.gpt, policy=ActorCritic(w.gpt))
+    _, exact = moments(w.p, policy_gradients(w, WEIGHTS["REINFORCE"](w)))
+    assert abs(ladder.variance(run, "REINFORCE", 0.0, None) / exact - 1) < 0.1
+
+def test_the_studies_hold_out_the_same_prompts_and_train_at_the_best_rate(
+        world_run, monkeypatch, capsys):
     monkeypatch.setattr(ladder, "SETTINGS", ((8, 0.0), (32, 5.0)))
-    monkeypatch.setattr(ladder, "RATES", (1e-4,))
-    monkeypatch.setattr(frontier, "PROMPTS", 4)
-    out = world_run.out_dir
-    for _ in range(2):
-        results = ladder.study((out, ()), [0, 1], 250, processes=1)
-        lines, ppo = frontier.study([out], (), [0.0, 0.5], processes=1)
-        rows = dataset.read_records(f"{out}/studies.jsonl")
-        assert len(rows) == 2 * 7 + 2 * 2 * 7 + 2 + 3
-    # Best of 1 costs no KL, and the learned reward of the best of n grows with n.
-    best = torch.cat([x for name, x in lines.items() if name.startswith("best")])
-    assert best[0, 0] == 0 and best[:, 1].tolist() == sorted(best[:, 1].tolist())
-    ladder.show_tables(*results)
-    assert "\nRLOO" in capsys.readouterr().out
-    # The pictures leave the caller's settings alone.
-    matplotlib = pytest.importorskip("matplotlib")
-    before = dict(matplotlib.rcParams)
-    ladder.draw(results[0], 250, f"{out}/ladder.png")
-    frontier.draw(lines, ppo, f"{out}/frontier.png")
-    assert CURVES(out) == ", curves.png" and dict(matplotlib.rcParams) == before
+    monkeypatch.setattr(frontier, "PROMPTS", 2)
+    out, asked = world_run.out_dir, []
+    monkeypatch.setattr(rlhf, "collect", lambda *args: asked.append(args[3]) or collect(*args))
+    def climb(run, rung, batch, shift, seed, rate, budget, climb=ladder.climb):
+        _, _, curve = climb(run, rung, batch, shift, seed, rate, budget)
+        end = float(ladder.RUNGS.index(rung)**2 + batch + shift + seed)
+        return rate if rung == "PPO" else -rate, [end] * 4, curve
+    monkeypatch.setattr(ladder, "climb", climb)
+    ends, curves, *others = ladder.study(out, (), [0, 1], 250, processes=1)
+    best, ppo = frontier.study([out], (), [0.0, 0.5], processes=1)
+    held_out = frontier.open_run(out, ()).data.held_out.prompts[:2]
+    assert [x for x in asked if len(x) == 2] == [held_out] * (42 + 28 + 2)
+    assert others[0] == {pair: 1e-3 if "PPO" in pair else 1e-4 for pair in others[1]}
+    assert ends[:, 1, :, 3].tolist() == [[9, 10], [38, 39]]  # rewards-to-go
+    assert best[0, 1, 0] == f64(math.log(2) - 1 / 2).float() and best[0, :, 1].diff().min() >= 0
+    ladder.show_tables(ends, *others)
+    marks = re.findall(r"±0.50 (..)", capsys.readouterr().out)
+    assert marks[:28:4] == marks[3:28:4] == [" p", " p", "ap", "ap", "a ", "ap", "ap"]
+    pytest.importorskip("matplotlib")
+    ladder.draw(curves, 250, f"{out}/ladder.png")
+    frontier.draw(best, ppo, f"{out}/frontier.png")
+    assert CURVES(out) == ", curves.png"
 
 # ======== 20. The README =========================================================================
 README = REPO / "README.md"

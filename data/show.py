@@ -113,10 +113,10 @@ def program(name, main):
     except BrokenPipeError:  # whoever read the output has gone
         status, problem = 1, ""
     except KeyboardInterrupt:
-        status, problem = 130, "stopped; the same command, without --fresh, goes on"
+        status, problem = 130, "stopped; for rlhf.py, the same command, without --fresh, goes on"
     except OSError as error:  # what writes files names them
         status, problem = 2, f"{error.filename or 'standard output'}: {error.strerror or error}"
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, ImportError) as error:  # no matplotlib, say
         status, problem = 2, error
     except (RuntimeError, MemoryError) as error:
         if "memory" not in repr(error).lower():
