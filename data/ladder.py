@@ -68,7 +68,7 @@ def add_gradient(rung, policy, e, config):
         (loss * len(rows) / len(e.mask)).backward()
 
 def batches(policy, run, batch, shift, seed, budget):
-    """(step, tokens so far, Experience, Config) of each batch until `budget` tokens are sampled."""
+    """(step, tokens before it, Experience, Config) of batches, until `budget` tokens are sampled."""
     config = replace(run.config, seed=seed, ppo_epochs=2, minibatch_size=batch // 4, gamma=1.0,
                      ptx_coef=0.0, missing_eos_score=None)
     tokens = step = 0
@@ -78,8 +78,8 @@ def batches(policy, run, batch, shift, seed, budget):
         prompts = [prompt for prompt in drawn for _ in range(GROUP)]
         e = rlhf.collect(policy, run.lm, lambda sampled: run.score(sampled) + shift, prompts,
                          config, generator)
-        step, tokens = step + 1, tokens + int(e.mask.sum())
         yield step, tokens, e, config
+        step, tokens = step + 1, tokens + int(e.mask.sum())
 
 def climb(run, rung, batch, shift, seed, rate, budget):
     """Train by one rung: (E[score] − β KL, COLUMNS) on held-out prompts, and the curves before."""
@@ -88,7 +88,7 @@ def climb(run, rung, batch, shift, seed, rate, budget):
     for step, tokens, e, config in batches(policy, run, batch, shift, seed, budget):
         curve.append(figures(run, replace(e, scores=e.scores - shift)))
         # Learn from the batch: PPO's epochs of minibatches, or one step of the policy gradient.
-        rlhf.set_learning_rate(optimizer, rate, min(tokens, budget), budget, budget // 7)
+        rlhf.set_learning_rate(optimizer, rate, tokens, budget, warmup=0)
         if rung == "PPO":
             rlhf.ppo_update(policy, optimizer, e, config, rlhf.seeded(seed, "ladder PPO", step))
         else:
@@ -139,7 +139,7 @@ def show_tables(ends, rates, variances):
               *(f"{name:>14}" for name in COLUMNS), f"{'variance':>11}")
         for i, rung in enumerate(RUNGS):
             above, ppo = apart[i, max(i - 1, 0)], apart[i, RUNGS.index("PPO")]  # 2 × (columns,)
-            cells = [f"{m:6.2f} ±{e:4.2f} {'a' if a else ' '}{'p' if p else ' '}"
+            cells = [f"{m:z6.2f} ±{e:4.2f} {'a' if a else ' '}{'p' if p else ' '}"
                      for m, e, a, p in zip(mean[i], error[i], above, ppo)]
             print(f"{rung:15}{rates[rung, shift]:7g}", *cells, f"{variances[rung, shift]:9.0f}")
     print("\nMean ± standard error. a, p: over two standard errors from the rung above, from PPO."
