@@ -247,7 +247,7 @@ def score_turns(sentences):
         inside = 0
         for words, phrase in items:
             sign = phrase.sign
-            if phrase.kind == "loose" and words[0] in TURNS or phrase.kind == "turn" and not sign:
+            if phrase.kind in ("loose", "turn") and words[0] in TURNS:
                 turned, inside = True, 0
             if sign and turned:
                 false += sign != -last  # nothing has turned
