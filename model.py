@@ -1,7 +1,7 @@
 """A tiny GPT with GPT-2's architecture, its KV cache, value and reward heads, and weight files.
 
-This file holds the networks; `rlhf.py` trains them. Shapes: B rows, S tokens per row, T asked
-positions, K cached keys, C = n_embd, nh heads of size hs = C / nh, V = vocab_size.
+This file holds the networks; `rlhf.py` trains them. Shapes: B rows, S tokens per row, T positions
+read, K cached keys, C = n_embd, nh heads of size hs = C / nh, V = vocab_size.
 """
 import copy
 import io
@@ -45,11 +45,11 @@ class Attention(nn.Module):
         qkv, seen = self.c_attn(x), None                                   # qkv (B, S, 3C)
         if cache is None:
             # A CPU rounds a partial last block of 16 positions differently. In full blocks a row
-            # reads the same, whatever it is batched with: PPO's ratio starts at exactly 1.
+            # gives the same bits in any batch, so PPO's ratio starts at exactly 1.
             qkv = F.pad(qkv, (0, 0, 0, -S % 16))                           # (B, S', 3C)
         q, k, v = qkv.split(C, dim=2)
         if cache is not None:
-            # Each row writes at its own positions and sees no key behind them, which is padding.
+            # Each row writes at its own positions and sees no later keys, which are padding.
             rows = torch.arange(B, device=x.device)[:, None]
             cache[rows, positions] = torch.cat([k, v], dim=2).to(cache)
             k, v = cache.to(q).split(C, dim=2)                             # 2 × (B, K, C)
@@ -114,7 +114,7 @@ class GPT(nn.Module):
     def hidden(self, tokens, cache=None, positions=None, at=None):
         """Final hidden states (B, S, C) of right-padded tokens (B, S).
 
-        at: (B, T) asks for those positions only and gives (B, T, C); the last block then spares
+        at: (B, T) asks for those positions only and gives (B, T, C); the last block then skips
         the rest. With a cache (see `new_cache`), token s of row b stands at positions[b, s].
         """
         S = tokens.shape[1]
@@ -208,7 +208,7 @@ class ActorCritic(nn.Module):
 class RewardModel(nn.Module):
     """r(x, y): a copy of the trunk with a scalar head, read at the last token of each row.
 
-    The head starts as N(0, 1/(C+1)), a variance (Stiennon et al. 2009.01325, appendix B.1).
+    The head starts at mean 0, variance 1/(C+1) (Stiennon et al. 2009.01325, appendix B.1).
     """
 
     def __init__(self, gpt, generator=None):
@@ -242,7 +242,7 @@ def save_file(path, content):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk has no name
+        raise OSError(error.errno, error.strerror, str(path)) from None  # else it names no file
 
 
 def load_file(path):
@@ -278,7 +278,7 @@ GPT2_FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_no
 
 
 def turn_conv1d(state):
-    """The weights; those that Hugging Face keeps as Conv1D are transposed, there or back."""
+    """The weights; Hugging Face's Conv1D ones are transposed, in either direction."""
     return {name: weight.mT if name.endswith(CONV1D) else weight for name, weight in state.items()}
 
 
@@ -300,7 +300,7 @@ def find_gpt2(name_or_path):
 
 
 def read_gpt2_config(path):
-    """The GPTConfig of a config.json; ValueError where it describes something else than GPT-2."""
+    """The GPTConfig of a config.json; ValueError where it describes anything but GPT-2."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         raw = {"n_positions": raw.get("n_ctx"), **raw}  # an older name

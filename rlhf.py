@@ -5,7 +5,7 @@ s_t = prompt ⊕ y_0 … y_{t-1} and the action a_t = y_t, everything with index
 hidden state at position P-1+t, the last token of s_t: the logits that give log π(a_t|s_t), and the
 value V(s_t). So `log_probs`, `values`, `rewards`, `advantages` and `mask` are all (B, T), column t
 is time step t, and nothing is shifted by one. Sequences are right-padded: each row of the mask is
-a prefix of ones, up to and including the end token, and nothing behind it can change any result.
+a prefix of ones, up to and including the end token, and nothing after it can change any result.
 Shapes: B rows, S tokens per row, T steps, V words in the vocabulary (V(s) is the value), C width.
 
 Papers, on arXiv: PPO 1707.06347; GAE 1506.02438; InstructGPT 2203.02155.
@@ -47,7 +47,7 @@ class Config:
     data_dir: str = RUN(str(dataset.SHIPPED), "folder with preferences.jsonl")
     init: str | None = RUN(None, "weights to start from: gpt2, or a directory")
     seed: int = EVERY(0, "seeds every random draw", "any number")
-    max_grad_norm: float = EVERY(1.0, "gradient norm above which it is scaled down", "more than 0")
+    max_grad_norm: float = EVERY(1.0, "gradients above this norm are scaled down", "more than 0")
     block_size: int = LM(128, "context, in tokens", "at least 1")
     n_layer: int = LM(2, "transformer blocks", "at least 1")
     n_head: int = LM(4, "attention heads", "at least 1")
@@ -134,7 +134,7 @@ def batches(lengths, batch_size, epochs, first, seed, stage):
     per_epoch = math.ceil(len(lengths) / batch_size)
     for step in range(first, epochs * per_epoch):
         if step == first or step % per_epoch == 0:
-            # A new order of the rows, cut by length into batches, and a new order of those.
+            # Shuffle the rows, cut them by length into batches, and shuffle the batches.
             generator = seeded(seed, stage, step // per_epoch)
             order = torch.randperm(len(lengths), generator=generator)
             order = order[torch.tensor(lengths)[order].argsort(stable=True)]
@@ -232,8 +232,8 @@ def reward_model_loss(chosen, rejected):
 def ranking_loss(scores):
     """−1/C(K,2) E Σ_{i<j} log σ(r_i − r_j): a ranking of K responses as all of its C(K,2) pairs.
 
-    Each response passes through the network once per epoch. As separate pairs, each would be
-    updated K−1 times, and InstructGPT's model then overfitted. K = 2 is `reward_model_loss`.
+    Each response passes through the network once per epoch. As separate pairs, each would drive
+    K−1 updates, and InstructGPT's model then overfitted. K = 2 is `reward_model_loss`.
     scores: (B, K) of the responses to B prompts, best first, K >= 2    returns: () mean over pairs
     Source: InstructGPT 2203.02155, eq. 1.
     """
@@ -255,7 +255,7 @@ def score_comparisons(reward_model, comparisons):
     return scores.split([len(responses) for _, responses in comparisons])
 
 def group_by_length(rankings):
-    """Rankings of the same K stacked, one kernel for all: a list of (K,) -> a list of (n, K)."""
+    """Stack rankings of the same K, one kernel for all: a list of (K,) -> a list of (n, K)."""
     groups = defaultdict(list)
     for scores in rankings:
         groups[len(scores)].append(scores)
@@ -308,7 +308,7 @@ def reward_model_accuracy(reward_model, comparisons):
 def reward_scores(reward_model, sampled):
     """r(x, y) (B,) of the responses of a Rollout, read at their end tokens.
 
-    The reward model has only ever been read at end tokens, so a cut response gets one too: behind
+    The reward model has only ever been read at end tokens, so a cut response gets one too: after
     it, or in place of its last token where the context has no more room.
     """
     config = reward_model.gpt.config
@@ -425,7 +425,7 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
     x = gpt.hidden(tokens[:, :P], [c[:, :P] for c in cache], positions,
                    at=lengths[:, None] - 1)                                # (B, 1, C)
     for t in range(max_new_tokens):
-        # Draw a_t. Each row writes it at its own position; behind an end stands token 0.
+        # Draw a_t. Each row writes it at its own position, token 0 after its end.
         logits = gpt.logits(x[:, 0] / temperature)                         # (B', V)
         log_p = F.log_softmax(logits, dim=-1, dtype=wide)                  # (B', V)
         action = sample_tokens(log_p, uniforms[t, rows]).where(alive, 0)  # (B',)
@@ -490,7 +490,7 @@ def kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, kl_coef):
     """r_t = −β (log π(a_t|s_t) − log π_ref(a_t|s_t)) + [t is the last step] · score.
 
     π_ref is the frozen language model that PPO starts from, β the price of one nat away from it.
-    The score of the whole response is earned by its last action, also when it was cut at T_max;
+    The score of the whole response is earned by its last action, even if it was cut at T_max;
     the KL penalty is paid where it arises. Σ_t r_t = score − β Σ_t (log π − log π_ref).
     scores: (B,)    log_probs, ref_log_probs, mask: (B, T)    returns: (B, T), 0 after the end
     Assumes a mask whose rows are prefixes of ones (right padding): else the score lands elsewhere.
@@ -512,9 +512,9 @@ def policy_gradient_loss(log_probs, weights, mask):
 
     J(θ) = E_{τ~π_θ}[R(τ)], R(τ) = Σ_t γ^t r_t. Since ∇p = p ∇log p and log p(τ) is Σ_t log π_θ
     plus what does not depend on θ, ∇J = E_τ[Σ_t ∇log π_θ(a_t|s_t) w_t] with w_t = R(τ): REINFORCE.
-    And since E_a[∇log π(a|s)] = ∇Σ_a π(a|s) = 0, what a_t cannot change may be taken from w_t: the
-    rewards before t (`rewards_to_go`), any baseline b(s_t). With γ = 1 the gradient's expectation
-    stays; its variance falls with a good b, such as V(s_t). The rest estimates the advantage
+    And since E_a[∇log π(a|s)] = ∇Σ_a π(a|s) = 0, we may subtract from w_t what a_t cannot change:
+    rewards before t (`rewards_to_go`), any baseline b(s_t). With γ = 1 the mean gradient is
+    the same; its variance falls with a good b, such as V(s_t). What is left estimates the advantage
     A(s_t, a_t): `gae`, unbiased for ∇J if λ = 1 or V is exact. The log π in r_t needs no gradient.
     log_probs, weights, mask: (B, T)    returns: (); weights are constants, without gradient
     Source: REINFORCE, Williams 1992; GAE 1506.02438, eq. 1. Needs `valid`.
@@ -543,8 +543,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     γ^k V(s_{t+k}), minus V(s_t). Averaged over k with weights (1−λ) λ^{k−1} (beyond the end all k
     give the same, so the last one has the rest of the weight) that is
         A_t = Σ_l (γλ)^l δ_{t+l},    backwards from the end:    A_t = δ_t + γλ A_{t+1}
-    V after the last action is 0, also of a response that was cut: its score is paid there. λ = 1
-    gives rewards-to-go minus V (no bias in ∇J, most variance), λ = 0 δ_t (trusts V the most).
+    V after the last action is 0, even if the response was cut: its score is paid there. λ = 1
+    gives rewards-to-go minus V (no bias in ∇J, most variance), λ = 0 is δ_t (trusts V most).
     By hand, γ = 1, λ = 1/2, r = (0, 0, 1), V = (0.2, 0.4, 0.8):
         δ = (0 + 0.4 − 0.2, 0 + 0.8 − 0.4, 1 − 0.8) = (0.2, 0.4, 0.2)
         A = (0.2 + 0.25, 0.4 + 0.1, 0.2) = (0.45, 0.5, 0.2)
@@ -617,8 +617,8 @@ def entropy(logits, mask):
 
 # ======== Reward hacking and the KL penalty ======================================================
 #
-# r(x, y) is only a fit. Far from the texts that it was trained on, some texts score high and are
-# bad, and an optimiser finds them: reward hacking. Maximising E[r] − β KL(π‖π_ref) keeps π near;
+# r(x, y) is only a fit. Far from the texts that it was trained on, some bad texts score high,
+# and an optimiser finds them: reward hacking. Maximising E[r] − β KL(π‖π_ref) keeps π near π_ref;
 # the penalty is paid in `kl_penalized_rewards`.
 
 def kl_estimates(log_probs, ref_log_probs, mask):
@@ -777,7 +777,7 @@ def train_ppo(policy, reference, reward_fn, prompts, config, optimizer=None, las
     steps = config.ppo_iterations
     for step in range(first, steps):
         generator = seeded(config.seed, "ppo", step)
-        # A warm-up: Adam's first steps are long, and damage to the language costs KL to repair.
+        # A warm-up: Adam's first steps are large, and repairing the language costs KL.
         set_learning_rate(optimizer, config.ppo_lr, step, steps, warmup=steps // 7)
         # β is fixed, or follows from the KL of the step before.
         kl_coef = config.kl_coef
@@ -910,7 +910,7 @@ def find_checkpoints(config, data, fresh):
 
 def save_stage(stage, state, model, optimizer, config, data):
     """Write the checkpoint of a stage: `state`, and all that is needed to use it alone."""
-    # Later stages' files go first: a kill at any moment leaves files that belong together.
+    # Delete later stages' files first: a kill at any moment leaves a consistent set.
     out, stages = Path(config.out_dir), list(FILES)
     for later in reversed(stages[stages.index(stage) + 1:]):
         (out / FILES[later]).unlink(missing_ok=True)
@@ -951,7 +951,7 @@ def run_stage(stage, model, train, checkpoint, log, config, data):
             if time.perf_counter() - saved > SAVE_EVERY:
                 save_stage(stage, state, model, optimizer, config, data)
                 saved = time.perf_counter()
-        # What a stage does after its last step counts too.
+        # The seconds include work after the last step.
         state["done"], state["seconds"] = True, time.perf_counter() - start
         save_stage(stage, state, model, optimizer, config, data)
     log += state["rows"]

@@ -20,7 +20,7 @@ SHIPPED = Path(__file__).resolve().parent / "reviews"
 # A word with its leading space, a number, signs, or white space: every text splits into these.
 PATTERN = r" ?\p{L}+(?:'\p{L}+)?| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
 PIECE = re.compile(r" ?[^\W\d_]+(?:'[^\W\d_]+)?| ?\d+| ?(?:[^\w\s]|_)+|\s+")  # for Python's re
-WORDS = 4000       # whole words of a tokenizer that is made, the commonest
+WORDS = 4000       # most common words kept whole by a tokenizer made here
 LONGEST_TOKEN = 64  # bytes; a line of megabytes would otherwise take minutes to encode
 HELD_OUT = 0.1     # share of documents, comparisons and prompts that nothing trains on
 TURN = "\n\nAssistant:"
@@ -112,7 +112,7 @@ def gpt2_encoding():
 
 
 def read_lines(path):
-    """(number, text) of each line that is not blank; LF or CRLF ends it, a byte-order mark goes."""
+    """(number, text) of each line that is not blank; LF or CRLF ends it, a BOM is dropped."""
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
@@ -168,9 +168,9 @@ def held_out(text):
 def load(data_dir, block_size, max_new_tokens, encoding=None):
     """Read a data directory for a context of `block_size`; DataError if it is broken.
 
-    encoding: used instead of the directory's own (GPT-2's, for GPT-2's weights). Held out are
-    documents by their own hash, prompts and comparisons by the prompt's hash (without a prompt, by
-    the responses'), and every document that is a held-out comparison's text.
+    encoding: used instead of the directory's own (GPT-2's, for GPT-2's weights). A hash decides
+    what is held out: a document's own, or, for prompts and comparisons, the prompt's (if empty, the
+    responses'). A held-out comparison's text is held out as a document.
     """
     names = ("preferences.jsonl", "corpus.txt", "prompts.txt", "tokenizer.tiktoken")
     files = {name: Path(data_dir) / name for name in names if (Path(data_dir) / name).is_file()}

@@ -65,7 +65,7 @@ def held_out(run, policy, config):
     return figures(run, rlhf.collect(policy, run.lm, run.score, prompts, config, generator))
 
 def ppo(run, kl_coef):
-    """Train a policy by PPO at this price of KL: its figures, [end], and in training, path."""
+    """Train by PPO at this price of KL: `figures` at the end, and along the training path."""
     config = replace(run.config, kl_coef=kl_coef, kl_target=None)
     policy, truth, path, train = ActorCritic(run.lm), [], [], run.data.train
 
@@ -134,7 +134,7 @@ def draw(best, rows, path):
 def main():
     """`python -m data.frontier`: measure, print a table, draw."""
     parser = argparse.ArgumentParser("data.frontier", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--runs", nargs="+", help="folders of finished runs (out_dir alone)")
+    parser.add_argument("--runs", nargs="+", help="folders of finished runs (out_dir)")
     parser.add_argument("--kl_coefs", type=float, nargs="+", default=[0.0, 0.05, 0.15, 0.5])
     parser.add_argument("--processes", type=int, default=2, help="that work at once (2)")
     given = show.parse(parser, rlhf.Config)

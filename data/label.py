@@ -1,4 +1,4 @@
-"""You are the annotator: two continuations of a prompt, your answer, a line of preferences.jsonl.
+"""You are the annotator: pick one of two continuations, and preferences.jsonl gains a line.
 
     python -m data.label                                  asks; the answers go to labels/
     python rlhf.py --data labels --out_dir out_labels     trains on them

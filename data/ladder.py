@@ -5,8 +5,8 @@
 trains the language model of a finished run on its learned reward by each rung, prints tables and
 draws ladder.png into the run's folder, in about 6 minutes on two cores. All rungs sample the same
 number of tokens, GROUP responses to each of the same prompts. All but PPO take one gradient step
-per batch and differ in `step_weights`. Each has the one of RATES with the best E[score] − β KL on
-a seed of its own, in half the tokens and batches of 32. Best of n is in data/frontier.py.
+per batch and differ in `step_weights`. Each uses the one of RATES with the best E[score] − β KL on
+a separate seed, with half the tokens in batches of 32. Best of n is in data/frontier.py.
 """
 import argparse
 import time
@@ -82,7 +82,7 @@ def batches(policy, run, batch, shift, seed, budget):
         step, tokens = step + 1, tokens + int(e.mask.sum())
 
 def climb(run, rung, batch, shift, seed, rate, budget):
-    """Train by one rung: (E[score] − β KL, COLUMNS) on held-out prompts, and the curves before."""
+    """Train by one rung: (E[score] − β KL, COLUMNS) on held-out prompts, and training curves."""
     start, policy, curve = time.perf_counter(), ActorCritic(run.lm), []
     optimizer = rlhf.make_optimizer(policy)
     for step, tokens, e, config in batches(policy, run, batch, shift, seed, budget):
@@ -166,7 +166,7 @@ def main():
     """`python -m data.ladder`: measure, print tables, draw."""
     parser = argparse.ArgumentParser("data.ladder", description=__doc__, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=8_000, help="that each run samples (8,000)")
+    parser.add_argument("--tokens", type=int, default=8_000, help="sampled by each run (8,000)")
     parser.add_argument("--processes", type=int, default=2, help="that work at once (2)")
     given = show.parse(parser, rlhf.Config)
     seeds, tokens, processes = (given.pop(name) for name in ("seeds", "tokens", "processes"))

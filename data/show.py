@@ -87,7 +87,7 @@ def curves(out):
 def parse(parser, Config, argv=None):
     """Add a flag for each field of Config, and return those given: {name: value}.
 
-    "none" means None, and what is no number Config refuses by name.
+    "none" means None; Config names and refuses any non-number.
     """
     parser.error = lambda text: parser.exit(2, f"{parser.prog}: {visible(text)}; see --help\n")
     fields = dataclasses.fields(Config)
@@ -114,7 +114,7 @@ def program(name, main):
         status, problem = 1, ""
     except KeyboardInterrupt:
         status, problem = 130, "stopped; for rlhf.py, the same command, without --fresh, goes on"
-    except OSError as error:  # what writes files names them
+    except OSError as error:  # file writers add the name
         status, problem = 2, f"{error.filename or 'standard output'}: {error.strerror or error}"
     except (ValueError, FloatingPointError, ImportError) as error:  # no matplotlib, say
         status, problem = 2, error

@@ -202,9 +202,9 @@ def opinions(sentences):
     return [sign for sign in map(sign_of, sentences) if sign]
 
 def score_reasons(sentences):
-    """A reason that belongs to the topic last named: the first pays most, the third nothing.
+    """Reasons for the topic last named: the first pays most, the third nothing.
 
-    Off the point are a reason for something else, and a second one in the same sentence, which has
+    A reason for something else is off the point; so is a second one in the same sentence, which has
     been run together with the first. A reason against what it should support counts for nothing.
     """
     topic, stance, praise, blame, stray, seen = None, 0, 0, 0, 0, []
@@ -227,7 +227,7 @@ def score_reasons(sentences):
     return min(earned, 3.4) - min(2.0 * stray, 4.0)
 
 def score_unity(sentences):
-    """One film: each other film costs, and so does a pronoun that nobody named so far can own."""
+    """One film: each further film costs, and so does a pronoun that fits nobody named so far."""
     films, owners, wrong = set(), set(), 0
     for words, phrase in itertools.chain(*sentences):
         films.add(phrase.film)
@@ -259,7 +259,7 @@ def score_turns(sentences):
     return -min(1.8 * false + 1.2 * missing + 2.0 * clash, 4.0)
 
 def score_filler(sentences):
-    """What says nothing, what leads away from the film, and praise without a reason, piled up."""
+    """Empty remarks, digressions, and more than two sentences of praise without a reason."""
     kinds = [{phrase.kind for _, phrase in items} for items in sentences]
     count = collections.Counter(itertools.chain(*kinds))
     bare = sum(sign_of(items) > 0 and "reason" not in kind
@@ -297,14 +297,14 @@ def terms(prompt, response):
     signs = opinions(sentences)
     again, doubled, twins = repetitions(text)
     return {
-        # All sentences with an opinion count, and two are enough.
+        # A review with a single opinion gets half of this.
         "recommendation": 2.5 * sum(signs) / max(len(signs), 2),
         "reasons": score_reasons(sentences),
         "one film": score_unity(sentences),
         "turns": score_turns(sentences),
         "filler": score_filler(sentences),
         "length": score_length(sentences),
-        # Each repetition costs more than another praise earns.
+        # Each repetition costs more than added praise earns.
         "repetition": -min(1.2 * again + 1.8 * doubled + 1.5 * twins, 8.0),
         "English": score_english(text, sentences),
         "ending": score_ending(text, sentences)}

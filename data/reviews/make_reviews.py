@@ -193,7 +193,7 @@ class Writer:
         return topic
 
     def reasons(self, topic, sign):
-        """The reasons that may come next: any, or the one behind the last that was given."""
+        """The reasons that may come next: any, or the one after the last that was given."""
         reasons = self.film.reasons[topic, sign]
         given = [one.reason for one in self.sentences if one.reason in reasons]
         if not given:
@@ -392,7 +392,7 @@ def flawed(rng, sentences, prompt, kind):
 # -- rankings
 
 def shuffled(rng, weights):
-    """The keys in random order, those of more weight rather first."""
+    """The keys in random order; heavier ones tend to come first."""
     return sorted(weights, key=lambda key: -rng.random() ** (1 / weights[key]))
 
 
