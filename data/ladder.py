@@ -68,7 +68,7 @@ def add_gradient(rung, policy, e, config):
         (loss * len(rows) / len(e.mask)).backward()
 
 def batches(policy, run, batch, shift, seed, budget):
-    """(step, tokens before it, Experience, Config) of batches, until `budget` tokens are sampled."""
+    """(step, tokens before it, Experience, Config) of batches until `budget` tokens are sampled."""
     config = replace(run.config, seed=seed, ppo_epochs=2, minibatch_size=batch // 4, gamma=1.0,
                      ptx_coef=0.0, missing_eos_score=None)
     tokens = step = 0

@@ -397,11 +397,11 @@ def shuffled(rng, weights):
 
 
 def openings(pool):
-    """From the first 2 to 8 words to the reviews of the pool that begin with them."""
+    """From the first 2 to 7 words to the reviews of the pool that begin with them."""
     index = collections.defaultdict(list)
     for number, (text, _) in enumerate(pool):
         words = text.split(" ")
-        for count in range(2, min(9, len(words))):
+        for count in range(2, min(8, len(words))):
             index[" ".join(words[:count])].append(number)
     return index
 
@@ -409,7 +409,7 @@ def openings(pool):
 def comparisons(rng, pool):
     """Without end: (prompt, [(text, kind of flaw or None)]), two honest continuations and variants.
 
-    The opening of a review of the pool is cut after 2 to 8 words within a sentence, or sooner
+    The opening of a review of the pool is cut after 2 to 7 words within a sentence, or sooner
     where fewer than three reviews begin so. The honest continuations are such reviews.
     """
     index = openings(pool)
