@@ -726,7 +726,7 @@ def ppo_update(policy, optimizer, experience, config, generator=None, documents=
 
     PPO-ptx: with ptx_coef, each step adds ptx_coef times the gradient of −E log π(x), a mean per
     token, on as many `documents` as it has trajectories, at temperature 1 (InstructGPT, eq. 2;
-    its §C.4 has eight times as many, so its γ = 27.8 is on another scale).
+    its §C.4 has eight times as many, so its coefficient, 27.8, is on another scale).
     FloatingPointError for a loss or gradient that is not finite.
     """
     # Advantages are whitened over the whole batch; the returns keep their own scale.
