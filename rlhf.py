@@ -6,7 +6,7 @@ hidden state at position P-1+t, the last token of s_t: the logits that give log 
 value V(s_t). So `log_probs`, `values`, `rewards`, `advantages` and `mask` are all (B, T), column t
 is time step t, and nothing is shifted by one. Sequences are right-padded: each row of the mask is
 a prefix of ones, up to and including the end token, and nothing after it can change any result.
-Shapes: B rows, S tokens per row, T steps, V words in the vocabulary (V(s) is the value), C width.
+Shapes: B rows, S tokens per row, T steps, V tokens in the vocabulary (V(s) is the value), C width.
 
 Papers, on arXiv: PPO 1707.06347; GAE 1506.02438; InstructGPT 2203.02155.
 """
@@ -189,8 +189,8 @@ def train_language_model(model, documents, config, optimizer=None, last=None):
     """Stage 1: minimise −E log π(x_{i+1} | x_1 … x_i) over the corpus.
 
     A generator: nothing happens, not even an error, until it is iterated. It trains `model`, a GPT,
-    and yields each step's metrics; to go on after a step, pass the optimizer and these as `last`.
-    documents: lists of ids, each with an end token before and after; ValueError if there is none
+    and yields each step's metrics; to resume, pass the optimizer and, as `last`, a step's metrics.
+    documents: lists of ids, each with an end token before and after; ValueError without any
     """
     need(documents, "document")
     optimizer, first = begin(model, optimizer, last)
@@ -266,7 +266,7 @@ def train_reward_model(reward_model, comparisons, config, optimizer=None, last=N
 
     A generator, like `train_language_model`: it trains as it is iterated, and goes on after `last`.
     comparisons: (prompt, responses best first), lists of ids; each response ends with the end
-    token, where it is scored. ValueError if there is none.
+    token, where it is scored. ValueError without comparisons.
     """
     need(comparisons, "comparison")
     optimizer, first = begin(reward_model, optimizer, last)
@@ -578,7 +578,7 @@ def ppo_policy_loss(log_probs, old_log_probs, advantages, mask, clip=0.2):
     """−E min(ρ_t A_t, clip(ρ_t, 1−ε, 1+ε) A_t) with ρ_t = π(a_t|s_t) / π_old(a_t|s_t).
 
     Importance sampling: E_{a~π}[f(a)] = E_{a~π_old}[ρ f(a)], so samples of π_old serve a few steps
-    of π. At π = π_old ∇ρ = ∇log π: the policy gradient, as a mean over tokens. ρ_t, the paper's
+    of π. At π = π_old, ∇ρ = ∇log π: the policy gradient, as a mean over tokens. ρ_t, the paper's
     r_t(θ), is exp(log π − log π_old), not a ratio of logs. The minimum makes −loss a lower
     bound of E[ρ A]: no gain from moving ρ beyond 1 ± ε in the good direction, full cost in the bad.
     ρ_t corrects which action was taken, not how often s_t is reached: exact weights would be
@@ -625,8 +625,8 @@ def kl_estimates(log_probs, ref_log_probs, mask):
     """Two estimates of KL(π‖π_ref) for each sequence, from samples of π, in nats.
 
     With Δ_t = log π_ref(a_t|s_t) − log π(a_t|s_t):  k1 = Σ −Δ_t,  k3 = Σ (exp(Δ_t) − 1 − Δ_t).
-    Both are unbiased; k3 is never negative and varies less near π = π_ref. (With Δ reversed, a
-    step estimates its χ² − KL, χ² = Σ_a π²/π_ref − 1: much the same near π_ref, too high far off.)
+    Both are unbiased; k3 is never negative and varies less near π = π_ref. (With Δ reversed, k3
+    estimates χ² − KL per step, χ² = Σ_a π²/π_ref − 1: much the same near π_ref, too high far off.)
     log_probs, ref_log_probs, mask: (B, T)    returns: (k1 (B,), k3 (B,))
     Source: Schulman 2020, "Approximating KL divergence". Needs `valid`.
     """
@@ -647,7 +647,7 @@ def adapt_kl_coef(kl_coef, kl, kl_target, K=0.1):
 class Experience(Rollout):
     """A batch of trajectories with all that PPO needs.
 
-    log_probs are π_old's, computed anew as the update does it: the ratio then starts at exactly 1.
+    log_probs are π_old's, recomputed the way the update does: the ratio then starts at exactly 1.
     """
     ref_log_probs: torch.Tensor  # (B, T) log π_ref(a_t|s_t)
     values: torch.Tensor         # (B, T) V_old(s_t)
@@ -935,7 +935,7 @@ def run_stage(stage, model, train, checkpoint, log, config, data):
         model.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         print(f"{stage}: {'done' if state['done'] else 'goes on'} ({out / FILES[stage]})")
-    # The checkpoints hold the log: what was logged after the last one is done again.
+    # The checkpoints hold the log: steps logged after the last one are redone.
     dataset.write_records(out / "log.jsonl", log + state["rows"])
     start, saved = time.perf_counter() - state["seconds"], -math.inf
     if not state["done"]:

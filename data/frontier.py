@@ -59,7 +59,7 @@ def figures(run, e):
     return [float(x.mean()) for x in (kl, e.scores, run.true_reward(e))]
 
 def held_out(run, policy, config):
-    """`figures` on held-out prompts: the same for every policy, and for a seed the same draws."""
+    """`figures` on held-out prompts, the same for every policy; the seed fixes the draws."""
     config, prompts = replace(config, missing_eos_score=None), run.data.held_out.prompts[:PROMPTS]
     generator = rlhf.seeded(config.seed, "held out", 0)
     return figures(run, rlhf.collect(policy, run.lm, run.score, prompts, config, generator))

@@ -36,7 +36,7 @@ def group_weights(returns, group, divide=False):
     gradient as it is. divide=True is GRPO, (R_i − mean) / std over the group. This is biased: the
     std depends on R_i too, and a prompt whose responses hardly differ counts as much as any.
     (Published GRPO also averages over each response's tokens and keeps the KL outside R.)
-    returns: (B,), each `group` >= 2 neighbours answer one prompt    result: (B,)
+    returns: (B,), every `group` >= 2 neighbours answer one prompt    result: (B,)
     Source: Kool et al. 2019, Ahmadian et al. 2402.14740; GRPO: Shao et al. 2402.03300.
     """
     R = returns.view(-1, group)                                            # (prompts, group)
@@ -46,7 +46,7 @@ def group_weights(returns, group, divide=False):
     return (above * group / (group - 1)).flatten()  # the mean of the others leaves R_i out
 
 def step_weights(rung, e, lam=0.95):
-    """(B, T) weights w_t: R(τ), what was earned from t on, that minus V(s_t), or GAE."""
+    """(B, T) weights w_t: R(τ), rewards-to-go, those minus V(s_t), GAE, RLOO or GRPO."""
     if rung in CRITICS:
         return rlhf.gae(e.rewards, e.values, e.mask, lam=1.0 if rung == "baseline" else lam)
     if rung == "rewards-to-go":
@@ -108,7 +108,7 @@ def variance(run, rung, shift, budget):
         policy.zero_grad()
         add_gradient(rung, policy, e, config)
         gradients.append(torch.cat([p.grad.flatten() for p in policy.gpt.parameters()]))
-    return 8 * float(torch.stack(gradients).var(0).sum())  # a mean over 8 varies an eighth
+    return 8 * float(torch.stack(gradients).var(0).sum())  # means of 8 have 1/8 the variance
 
 def study(folder, given, seeds, budget, processes):
     """(ends and curves (settings, rungs, seeds, …), {(rung, shift): rate}, {…: variance})."""
