@@ -1932,9 +1932,9 @@ def test_the_studies_hold_out_the_same_prompts_and_train_at_the_best_rate(
     ladder.show_tables(ends, *others)
     marks = re.findall(r"±0.50 (..)", capsys.readouterr().out)
     assert marks[:28:4] == marks[3:28:4] == [" p", " p", "ap", "ap", "a ", "ap", "ap"]
-    pytest.importorskip("matplotlib")
-    ladder.draw(curves, 250, f"{out}/ladder.png")
-    frontier.draw(best, ppo, f"{out}/frontier.png")
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    ladder.draw(Figure, curves, 250, f"{out}/ladder.png")
+    frontier.draw(Figure, best, ppo, f"{out}/frontier.png")
     assert CURVES(out) == ", curves.png"
 
 # ======== 20. The README =========================================================================

@@ -110,9 +110,8 @@ def show_table(best, rows):
         error = (x.var(0, correction=0) / (len(x) - 1)).sqrt()  # nan for a single run
         print(f"{name:16}", *(f"{mean:7.2f} ±{e:4.2f}" for mean, e in zip(x.mean(0), error)))
 
-def draw(best, rows, path):
+def draw(Figure, best, rows, path):
     """A panel per reward. Squares: best of n. Dots: PPO at its end; thin lines: on its way."""
-    from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 4.8), layout="constrained", facecolor="white")
     axes, titles = figure.subplots(1, 2), ("learned reward", "true reward")
     best = best.mean(0)                                                    # (COUNTS, 3)
@@ -133,6 +132,7 @@ def draw(best, rows, path):
 
 def main():
     """`python -m data.frontier`: measure, print a table, draw."""
+    from matplotlib.figure import Figure  # what is missing is said at once
     parser = argparse.ArgumentParser("data.frontier", description=__doc__, allow_abbrev=False)
     parser.add_argument("--runs", nargs="+", help="folders of finished runs (out_dir)")
     parser.add_argument("--kl_coefs", type=float, nargs="+", default=[0.0, 0.05, 0.15, 0.5])
@@ -142,7 +142,7 @@ def main():
     runs = runs or [given.get("out_dir", "out")]
     best, rows = study(runs, tuple(given.items()), kl_coefs, processes)
     show_table(best, rows)
-    draw(best, rows, f"{runs[0]}/frontier.png")
+    draw(Figure, best, rows, f"{runs[0]}/frontier.png")
     print(f"written: {runs[0]}/frontier.png")
 
 if __name__ == "__main__":

@@ -145,9 +145,8 @@ def show_tables(ends, rates, variances):
     print("\nMean ± standard error. a, p: over two standard errors from the rung above, from PPO."
           "\nVariance: of the gradient per trajectory, at the run's own policy; PPO starts as GAE.")
 
-def draw(curves, budget, path):
+def draw(Figure, curves, budget, path):
     """Rewards and KL against sampled tokens: the mean of the seeds, and their range as a band."""
-    from matplotlib.figure import Figure
     figure = Figure(figsize=(12.8, 8.5), layout="constrained", facecolor="white")
     axes = figure.subplots(3, len(SETTINGS), squeeze=False)[[2, 0, 1]]  # KL at the bottom
     x = (torch.arange(POINTS) + 0.5) * budget / POINTS
@@ -164,6 +163,7 @@ def draw(curves, budget, path):
 
 def main():
     """`python -m data.ladder`: measure, print tables, draw."""
+    from matplotlib.figure import Figure  # what is missing is said at once
     parser = argparse.ArgumentParser("data.ladder", description=__doc__, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=8_000, help="sampled by each run (8,000)")
@@ -173,7 +173,7 @@ def main():
     out = given.get("out_dir", "out")
     ends, curves, rates, variances = study(out, tuple(given.items()), seeds, tokens, processes)
     show_tables(ends, rates, variances)
-    draw(curves, tokens, f"{out}/ladder.png")
+    draw(Figure, curves, tokens, f"{out}/ladder.png")
     print(f"written: {out}/ladder.png")
 
 if __name__ == "__main__":
