@@ -8,6 +8,7 @@ is time step t, and nothing is shifted by one. Sequences are right-padded: each 
 a prefix of ones, up to and including the end token, and nothing after it can change any result.
 Shapes: B rows, S tokens per row, T steps, V tokens in the vocabulary (V(s) is the value), C width.
 
+A function copied with the helpers that its docstring says it "Needs" works alone, with torch.
 Papers, on arXiv: PPO 1707.06347; GAE 1506.02438; InstructGPT 2203.02155.
 """
 import argparse
@@ -116,7 +117,7 @@ def pad(rows, device):
     return tokens.to(device), mask.to(device)
 
 def valid(x, mask):
-    """x at valid entries, 0 at the others, in float32 or better."""
+    """x where the mask, of x's shape, is not 0; 0 elsewhere. In float32 or better."""
     return x.to(torch.promote_types(x.dtype, torch.float32)).where(mask.bool(), 0)
 
 def masked_mean(x, mask):
@@ -493,7 +494,8 @@ def kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, kl_coef):
     The score of the whole response is earned by its last action, even if it was cut at T_max;
     the KL penalty is paid where it arises. Σ_t r_t = score − β Σ_t (log π − log π_ref).
     scores: (B,)    log_probs, ref_log_probs, mask: (B, T)    returns: (B, T), 0 after the end
-    Assumes a mask whose rows are prefixes of ones (right padding): else the score lands elsewhere.
+    log_probs are those of the policy that sampled. Assumes a mask whose rows are prefixes of ones
+    (right padding): else the score is misplaced or lost. Gradients pass: call it under no_grad.
     ValueError for scores that are not (B,): they would broadcast. Needs `valid`.
     Source: InstructGPT 2203.02155, eq. 2 without its last term; Ziegler et al. 1909.08593, eq. 2.
     """
@@ -516,7 +518,7 @@ def policy_gradient_loss(log_probs, weights, mask):
     rewards before t (`rewards_to_go`), any baseline b(s_t). With γ = 1 the mean gradient is
     the same; its variance falls with a good b, such as V(s_t). What is left estimates the advantage
     A(s_t, a_t): `gae`, unbiased for ∇J if λ = 1 or V is exact. The log π in r_t needs no gradient.
-    log_probs, weights, mask: (B, T)    returns: (); weights are constants, without gradient
+    log_probs, weights, mask: (B, T)    returns: (); weights are constants, detached here
     Source: REINFORCE, Williams 1992; GAE 1506.02438, eq. 1. Needs `valid`.
     """
     terms = valid(log_probs, mask) * valid(weights.detach(), mask)         # (B, T)
@@ -549,7 +551,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
         δ = (0 + 0.4 − 0.2, 0 + 0.8 − 0.4, 1 − 0.8) = (0.2, 0.4, 0.2)
         A = (0.2 + 0.25, 0.4 + 0.1, 0.2) = (0.45, 0.5, 0.2)
     rewards, values, mask: (B, T)    returns: (B, T), 0 after the end; A + V is the value target.
-    Assumes that each row of the mask is a prefix of ones (right padding). Needs `valid`.
+    Assumes that each row of the mask is a prefix of ones (right padding). Gradients pass: call it
+    under no_grad. Needs `valid`.
     Source: GAE 1506.02438, eq. 16; PPO 1707.06347, eq. 12, and 11, whose exponent should be T−t−1.
     """
     rewards, values = valid(rewards, mask), valid(values, mask)
@@ -584,7 +587,7 @@ def ppo_policy_loss(log_probs, old_log_probs, advantages, mask, clip=0.2):
     ρ_t corrects which action was taken, not how often s_t is reached: exact weights would be
     products of ratios along the trajectory.
     log_probs, old_log_probs, advantages, mask: (B, T)    clip: ε    returns: () mean over valid
-    tokens; old_log_probs and advantages are constants, without gradient
+    tokens; old_log_probs and advantages are constants, detached here
     Source: PPO 1707.06347, eq. 7. Needs `valid`, `masked_mean`.
     """
     old_log_probs, advantages = old_log_probs.detach(), advantages.detach()
@@ -597,7 +600,7 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
     """½ E max((V − R)², (clip(V, V_old − ε, V_old + ε) − R)²), pessimistic like the policy's.
 
     values, old_values, returns, mask: (B, T)    clip: ε    returns: () mean over valid tokens;
-    old_values and returns, R = unwhitened A + V_old, are constants, without gradient
+    old_values and returns, R = unwhitened A + V_old, are constants, detached here
     Source: baselines, ppo2, which clips V with the policy's ε; PPO 1707.06347, eq. 9 has (V − R)²,
     without ½ and clip. Needs `valid`, `masked_mean`.
     """
@@ -727,7 +730,7 @@ def ppo_update(policy, optimizer, experience, config, generator=None, documents=
     PPO-ptx: with ptx_coef, each step adds ptx_coef times the gradient of −E log π(x), a mean per
     token, on as many `documents` as it has trajectories, at temperature 1 (InstructGPT, eq. 2;
     its §C.4 has eight times as many, so its coefficient, 27.8, is on another scale).
-    FloatingPointError for a loss or gradient that is not finite.
+    FloatingPointError for a gradient that is not finite.
     """
     # Advantages are whitened over the whole batch; the returns keep their own scale.
     whitened = whiten(experience.advantages, experience.mask)              # (B, T)
@@ -1047,8 +1050,8 @@ def run(config, fresh=None):
     stage("ppo", policy, ppo_stage)
 
     # 4. Evaluation on held-out prompts, comparisons and documents.
-    start = time.perf_counter()
-    record, samples = evaluate(policy, lm, reward_fn, held.prompts, config, judge)
+    start, score = time.perf_counter(), partial(reward_scores, reward_model)
+    record, samples = evaluate(policy, lm, score, held.prompts, config, judge)
     record["language_model_loss"] = corpus_loss(lm, held.documents)
     record["reward_model_accuracy"] = reward_model_accuracy(reward_model, held.comparisons)
     if judge:  # labels are noisy: the true reward itself does not predict all of them

@@ -43,8 +43,7 @@ class Sentence:
     def __str__(self):
         """The text, from its capital to its full stop."""
         film, topic, template = self.film, self.topic, self.template
-        slots = {"T": film.title}
-        slots |= {key: values[0] for key, values in film.facts.items()}
+        slots = {"T": film.title} | {key: values[0] for key, values in film.facts.items()}
         slots["P"], pronoun, slots["R"] = film.people[self.person()]
         slots["s"], slots["o"], slots["h"] = PRONOUNS[pronoun]
         if topic:
@@ -175,7 +174,7 @@ class Writer:
         if step == "further" and not self.reasons(topic, sign):
             step = "more"
         if step == "next":
-            topic = self.topic(*EVERYTHING[1:6])
+            topic = self.topic(*CLASSES["next"])
         if step == "claim":
             topic = self.topic(*CLASSES["with"])
         if step in ("vague", "ramble"):
@@ -187,7 +186,7 @@ class Writer:
         return topic
 
     def turn(self, section="turn"):
-        """But something else is better, or worse."""
+        """But something else is better, or worse; or something saves what had no opinion."""
         topic = self.topic("any")
         self.say(section + self.sign, self.sign, topic)
         return topic
@@ -217,7 +216,8 @@ NOUNS = ("scene", "look", "story", "any")
 EVERYTHING = NOUNS + ("lead", "partner", "director")
 CLASSES = {  # what a plan can be about
     "claim": EVERYTHING, "intro": ("scene", "look", "story", "lead"), "with": NOUNS + ("lead",),
-    "genre": ("scene", "look", "story"), "ask": ("scene", "look", "story"), "image": ("scene",)}
+    "genre": ("scene", "look", "story"), "ask": ("scene", "look", "story"), "image": ("scene",),
+    "next": ("look", "story", "any", "lead", "partner")}
 
 
 def text_of(sentences):
