@@ -3,7 +3,7 @@
     python -m data.frontier --runs out out/seed1 out/seed2
 
 takes finished runs that differ in their seeds, prints a table and draws frontier.png into the
-first one's folder, in about 15 minutes on two cores. Both rewards are drawn against √KL(π‖π_ref),
+first one's folder, in about 7 minutes on two cores. Both rewards are drawn against √KL(π‖π_ref),
 as in Gao et al. (2210.10760): PPO with several prices of KL (kl_coef), and best of n, which trains
 nothing and keeps the best-scored of n responses (its KL is at most log n − (n−1)/n: Beirami et al.
 2401.01879). The held-out prompts are the same for all.

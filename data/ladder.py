@@ -3,7 +3,7 @@
     python -m data.ladder [--out_dir out]
 
 trains the language model of a finished run on its learned reward by each rung, prints tables and
-draws ladder.png into the run's folder, in about 6 minutes on two cores. All rungs sample the same
+draws ladder.png into the run's folder, in about 4 minutes on two cores. All rungs sample the same
 number of tokens, GROUP responses to each of the same prompts. All but PPO take one gradient step
 per batch and differ in `step_weights`. Each uses the one of RATES with the best E[score] − β KL on
 a separate seed, with half the tokens in batches of 32. Best of n is in data/frontier.py.
