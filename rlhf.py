@@ -117,7 +117,9 @@ def pad(rows, device):
     return tokens.to(device), mask.to(device)
 
 def valid(x, mask):
-    """x where the mask, of x's shape, is not 0; 0 elsewhere. In float32 or better."""
+    """x where the mask is not 0, 0 elsewhere, in float32 or better. ValueError if shapes differ."""
+    if x.shape != mask.shape:  # they would broadcast
+        raise ValueError(f"shape {tuple(x.shape)}, expected the mask's {tuple(mask.shape)}")
     return x.to(torch.promote_types(x.dtype, torch.float32)).where(mask.bool(), 0)
 
 def masked_mean(x, mask):
@@ -243,16 +245,20 @@ def ranking_loss(scores):
     better, worse = torch.triu_indices(K, K, offset=1, device=scores.device)  # 2 × (C(K,2),)
     return -F.logsigmoid(scores[:, better] - scores[:, worse]).mean()
 
-def score_comparisons(reward_model, comparisons):
-    """A tuple with one (K,) per comparison: r(x, y) of its responses, each passed through once."""
-    rows = [prompt + y for prompt, responses in comparisons for y in responses]
+def score_rows(reward_model, rows):
+    """r(x, y) (N,) of N texts, lists of ids, each read at its last token."""
     # Sixteen rows at a time, sorted by length, so that little is padding; then back in order.
     order = torch.tensor([len(row) for row in rows]).argsort(stable=True)
     scores = []
     for part in order.split(16):
         tokens, mask = pad([rows[i] for i in part], reward_model.gpt.wte.weight.device)  # (16, S)
         scores.append(reward_model(tokens, mask.sum(1)))
-    scores = torch.cat(scores)[order.argsort()]                            # (Σ K,)
+    return torch.cat(scores)[order.argsort()]                              # (N,)
+
+def score_comparisons(reward_model, comparisons):
+    """A tuple with one (K,) per comparison: r(x, y) of its responses, each passed through once."""
+    rows = [prompt + y for prompt, responses in comparisons for y in responses]
+    scores = score_rows(reward_model, rows)                                # (Σ K,)
     return scores.split([len(responses) for _, responses in comparisons])
 
 def group_by_length(rankings):
@@ -312,12 +318,10 @@ def reward_scores(reward_model, sampled):
     The reward model has only ever been read at end tokens, so a cut response gets one too: after
     it, or in place of its last token where the context has no more room.
     """
-    config = reward_model.gpt.config
-    lengths = sampled.prompt_lengths + sampled.mask.sum(1)                 # (B,)
-    lengths = (lengths + ~ends(sampled, config.eos_token)).clamp_max(config.block_size)
-    tokens = F.pad(sampled.tokens, (0, 1))                                 # (B, P+T+1)
-    tokens = tokens.scatter(1, lengths[:, None] - 1, config.eos_token)
-    return reward_model(tokens[:, :config.block_size], lengths)
+    eos, room = reward_model.gpt.config.eos_token, reward_model.gpt.config.block_size
+    texts = [prompt + response for prompt, response in zip(*sampled.lists())]
+    texts = [text if text[-1] == eos else text[:room - 1] + [eos] for text in texts]
+    return score_rows(reward_model, texts)
 
 @torch.no_grad()
 def normalize_rewards(reward_model, reference, prompts, config):
@@ -356,8 +360,8 @@ class Rollout:
     def take(self, rows):
         """The trajectories `rows`, trimmed to the longest of them."""
         part = {name: x[rows] for name, x in vars(self).items() if torch.is_tensor(x)}
-        T = int(part["mask"].sum(1).max())
-        width = int(part["prompt_lengths"].max()) + T
+        lengths = part["mask"].sum(1)                                      # (B',)
+        T, width = int(lengths.max()), int((part["prompt_lengths"] + lengths).max())
         for name, x in part.items():
             if x.dim() == 2:
                 part[name] = x[:, :width if name == "tokens" else T]
@@ -466,7 +470,8 @@ def forward_responses(model, batch, temperature):
     gpt = getattr(model, "gpt", model)
     T = batch.mask.shape[1]
     at = batch.prompt_lengths[:, None] - 1 + torch.arange(T, device=batch.mask.device)  # (B, T)
-    x = gpt.hidden(batch.tokens, at=at)                                    # (B, T, C)
+    # After a row's end `at` may point beyond the tokens: what is read there is never used.
+    x = gpt.hidden(batch.tokens, at=at.clamp_max(batch.tokens.shape[1] - 1))  # (B, T, C)
     logits = gpt.logits(x / temperature)                                   # (B, T, V)
     log_probs = gather_log_probs(logits, batch.actions).where(batch.mask, 0)  # (B, T)
     values = torch.zeros_like(log_probs)                                   # (B, T)
@@ -503,7 +508,7 @@ def kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, kl_coef):
         raise ValueError(f"scores are {tuple(scores.shape)}, expected {tuple(mask.shape[:1])}")
     last = mask.bool().sum(1, keepdim=True) - 1                            # (B, 1)
     is_last = torch.arange(mask.shape[1], device=mask.device) == last      # (B, T)
-    rewards = valid(scores[:, None], is_last)                              # (B, T)
+    rewards = valid(scores[:, None].expand_as(mask), is_last)              # (B, T)
     if kl_coef:  # 0 times an infinite log-ratio would not be 0
         rewards = rewards - kl_coef * (valid(log_probs, mask) - valid(ref_log_probs, mask))
     return rewards
@@ -615,7 +620,8 @@ def entropy(logits, mask):
     logits: (B, T, V), mask: (B, T)    returns: () mean over valid steps, log V if π is uniform
     Source: PPO 1707.06347, eq. 9. Needs `valid`, `masked_mean`.
     """
-    log_p = F.log_softmax(valid(logits, mask[..., None]), dim=-1)          # (B, T, V)
+    mask_of_logits = mask[..., None].expand_as(logits)                     # (B, T, V)
+    log_p = F.log_softmax(valid(logits, mask_of_logits), dim=-1)           # (B, T, V)
     return masked_mean(-(log_p.exp() * log_p).sum(-1), mask)
 
 # ======== Reward hacking and the KL penalty ======================================================

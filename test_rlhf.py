@@ -899,7 +899,8 @@ def test_a_cut_response_scores_missing_eos_score_and_an_end_token_has_a_gradient
     assert torch.equal(at_end.any(1), ended) and (log_probs.grad[at_end] != 0).all()
 
 def test_scores_that_would_become_wrong_rewards_are_refused():
-    """Those that are not (B,) would broadcast; masks that are no prefix move the score."""
+    """Those that are not (B,) would broadcast, like a head's (B, T, 1); masks that are no prefix
+    move the score."""
     policy, reference, x = tiny_policy(0), tiny_gpt(1), torch.zeros(12, 5)
     for shape in ((), (1,), (12, 1), (1, 12), (12, 5)):
         message = rf"{re.escape(str(shape))}.*\(12,\)"
@@ -907,6 +908,8 @@ def test_scores_that_would_become_wrong_rewards_are_refused():
             experience_of(policy, reference, reward_fn=lambda r: torch.zeros(shape))
         with pytest.raises(ValueError, match=message):
             kl_penalized_rewards(torch.zeros(shape), x, x, torch.ones(12, 5), 0.1)
+    with pytest.raises(ValueError, match=r"\(1, 5, 1\).*\(1, 5\)"):
+        gae(x[:1], x[:1, :, None], torch.ones(1, 5))
     e, _ = experience_of(policy, reference, reward_fn=lambda r: [1.0] * 12)
     assert e.scores.sum() == 12 and e.scores.dtype == torch.float64
     for f in (kl_penalized_rewards, rewards_to_go, gae):  # a copied function can only say so
