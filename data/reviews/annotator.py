@@ -286,9 +286,9 @@ def score_ending(text, sentences):
     """A full stop at the end; a verdict as the last step that fits what was said."""
     if not text.rstrip().endswith((".", "!", "?")):
         return -2.5
-    verdict = any(phrase.kind == "verdict" for _, phrase in sentences[-1])
-    one_sided = len(set(opinions(sentences))) == 1
-    return 0.6 if verdict and len(sentences) > 2 and one_sided else 0.0
+    verdict = any(phrase.kind == "verdict" for _, phrase in sentences[-1]) and len(sentences) > 2
+    said, sign = set(opinions(sentences)), sign_of(sentences[-1])  # a mixed one fits praise + blame
+    return 0.6 if verdict and (said == {sign} or len(said) == 2 and not sign) else 0.0
 
 def terms(prompt, response):
     """The terms of the true reward by name."""

@@ -80,7 +80,7 @@ def pick(rng, lines):
 
 # -- one review
 
-ATTITUDES = {"+": 35, "-": 28, "~": 10, "0": 27}  # praise, blame, praise and blame, neither
+ATTITUDES = {"+": 30, "-": 30, "~": 10, "0": 30}  # praise, blame, praise and blame, neither
 WEIGHTS = {"scene": 3, "lead": 4, "any": 0.7}     # of a class of topics; of the others, 2
 
 
@@ -110,7 +110,7 @@ class Writer:
         lines = SECTIONS.get((section, kind), [])
         if kind:
             lines = lines + SECTIONS.get((section, ""), [])
-        template = self.rng.choices([text for text, _ in lines], [weight for _, weight in lines])[0]
+        template = pick(self.rng, lines)
         reason = None
         if "{why}" in template or "{Why}" in template:
             reason = self.rng.choice(self.reasons(topic, sign))
@@ -147,13 +147,19 @@ class Writer:
         return topic
 
     def idle(self):
-        """A beginning that takes up nothing."""
-        if self.rng.random() < 0.6:
-            self.say("opener", "0", self.film.people["director"][0], "")
+        """A beginning that leaves all open; returns the topic of the claim behind it, if any."""
+        director, topic = self.film.people["director"][0], None
+        opened = self.rng.random() < 0.6
+        if opened:
+            self.say("opener", "0", director, "")
         if self.sign == "0":
             self.say(self.draw({"vague": 6, "ramble": 4}), "0")
+        elif opened and self.rng.random() < 0.7:
+            topic = self.topic(*CLASSES["claim"])
+            self.say("claim" + self.sign, self.sign, topic)
         else:
             self.say("stock" + self.sign, self.sign)
+        return topic
 
     def go_on(self, topic):
         """The second step; returns the topic that the review is at."""
@@ -376,9 +382,9 @@ def gush(rng, sentences, prompt):
 
 
 FLAWS = {  # and how eagerly each is tried: some can seldom be made
-    "doubled word": (double_word, 1.2), "X and X": (twin_word, 1), "said again": (say_again, 1.2),
+    "doubled word": (double_word, 1.5), "X and X": (twin_word, 1), "said again": (say_again, 1.2),
     "false contrast": (false_contrast, 1.5), "cut off": (cut_off, 0.3), "gushing": (gush, 1),
-    "wrong pronoun": (wrong_pronoun, 6), "contradiction": (contradict, 2), "crossed": (cross, 4)}
+    "wrong pronoun": (wrong_pronoun, 6), "contradiction": (contradict, 2), "crossed": (cross, 5)}
 NAMES = {name for film in FILMS for people in film.people.values() for name in people[0].split()}
 
 
