@@ -135,7 +135,7 @@ def main():
     from matplotlib.figure import Figure  # what is missing is said at once
     parser = argparse.ArgumentParser("data.frontier", description=__doc__, allow_abbrev=False)
     parser.add_argument("--runs", nargs="+", help="folders of finished runs (out_dir)")
-    parser.add_argument("--kl_coefs", type=float, nargs="+", default=[0.0, 0.05, 0.15, 0.5])
+    parser.add_argument("--kl_coefs", type=float, nargs="+", default=[0.0, 0.03, 0.1, 0.5])
     parser.add_argument("--processes", type=int, default=2, help="that work at once (2)")
     given = show.parse(parser, rlhf.Config)
     runs, kl_coefs, processes = (given.pop(name) for name in ("runs", "kl_coefs", "processes"))
