@@ -300,12 +300,7 @@ def reasoned(sentences):
 
 
 def say_again(rng, sentences, prompt):
-    """The reason before it in place of a further one; or a sentence, reason or topic again."""
-    further = [i for i, sentence in enumerate(sentences) if sentence.section[:-1] == "further"]
-    if further:
-        i = rng.choice(further)
-        given = [sentence.reason for sentence in sentences[:i] if sentence.reason]
-        return changed(sentences, i, reason=given[-1])
+    """The same sentence again, the same reason again, or the same topic named again."""
     i = rng.randrange(len(sentences))
     one = sentences[i]
     if rng.random() < 0.3 or not one.reason or len(one.film.reasons[one.topic, one.sign]) < 2:
@@ -387,9 +382,9 @@ def gush(rng, sentences, prompt):
 
 
 FLAWS = {  # and how eagerly each is tried: some can seldom be made
-    "doubled word": (double_word, 1.5), "X and X": (twin_word, 1), "said again": (say_again, 1.5),
+    "doubled word": (double_word, 1.5), "X and X": (twin_word, 1), "said again": (say_again, 1.2),
     "false contrast": (false_contrast, 1.5), "cut off": (cut_off, 0.3), "gushing": (gush, 1),
-    "wrong pronoun": (wrong_pronoun, 8), "contradiction": (contradict, 2), "crossed": (cross, 5)}
+    "wrong pronoun": (wrong_pronoun, 6), "contradiction": (contradict, 2), "crossed": (cross, 5)}
 NAMES = {name for film in FILMS for people in film.people.values() for name in people[0].split()}
 
 
