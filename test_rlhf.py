@@ -1870,7 +1870,7 @@ def test_a_batch_of_a_rung_is_the_mean_of_its_trajectories_in_any_micro_batches(
     by_value, = torch.autograd.grad(errors.sum() / 8, policy.value_head.weight)
     for size in (1, 3, 8):
         policy.zero_grad()
-        config = Config(temperature=1.0, value_coef=0.5, micro_batch_size=size)
+        config = Config(temperature=1.0, value_coef=0.5, micro_batch_size=size, lam=0.95)
         ladder.add_gradient(rung, policy, e, config)
         close(-torch.cat([p.grad.flatten() for p in policy.gpt.parameters()]), expected)
         if rung in ladder.CRITICS:
