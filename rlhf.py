@@ -12,12 +12,10 @@ A function copied with the helpers that its docstring says it "Needs" works alon
 Papers, on arXiv: PPO 1707.06347; GAE 1506.02438; InstructGPT 2203.02155.
 """
 import argparse
-import dataclasses
 import hashlib
 import math
 import time
-from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from model import GPT, ActorCritic, GPTConfig, RewardModel, load_file, save_file
 
 # ======== Settings, and what every stage needs ===================================================
 # Stage by stage: the reward model comes after sampling, since it is normalised on samples.
-STAGES = ("run", "every stage", "language model", "rollout", "reward model", "ppo", "evaluation")
+STAGES = ("run", "every stage", "language_model", "rollout", "reward_model", "ppo", "evaluation")
 RANGES = {"at least 0": lambda x: x >= 0, "at least 1": lambda x: x >= 1,
           "more than 0": lambda x: x > 0, "from 0 to 1": lambda x: 0 <= x <= 1,
           "any number": lambda x: True}
@@ -81,7 +79,7 @@ class Config:
     eval_prompts: int = EVALUATION(512, "held-out prompts, at most", "at least 1")
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
+        for f in fields(self):
             value, expected = getattr(self, f.name), f.metadata["expected"]
             off = value is None and f.type not in (int, float)
             number = type(value) is int or type(value) is float and f.type is not int
@@ -104,23 +102,25 @@ def need(items, what):
 def draw(items, n, generator, what):
     """n items of a list in random order; each is used once before one is used twice."""
     need(items, what)
-    rounds = math.ceil(n / len(items))
-    order = torch.cat([torch.randperm(len(items), generator=generator) for _ in range(rounds)])
+    order = []
+    while len(order) < n:
+        order += torch.randperm(len(items), generator=generator).tolist()
     return [items[i] for i in order[:n]]
 
 def pad(rows, device):
     """Lists of ids -> right-padded tokens (B, S) and mask (B, S)."""
+    rows = [torch.tensor(row) for row in rows]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)       # (B, S)
     lengths = torch.tensor([len(row) for row in rows])                     # (B,)
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]             # (B, S)
-    tokens = torch.zeros(mask.shape, dtype=torch.long)                     # (B, S)
-    tokens[mask] = torch.tensor([token for row in rows for token in row])
+    mask = torch.arange(tokens.shape[1]) < lengths[:, None]                # (B, S)
     return tokens.to(device), mask.to(device)
 
 def valid(x, mask):
     """x where the mask is not 0, 0 elsewhere, in float32 or better. ValueError if shapes differ."""
     if x.shape != mask.shape:  # they would broadcast
         raise ValueError(f"shape {tuple(x.shape)}, expected the mask's {tuple(mask.shape)}")
-    return x.to(torch.promote_types(x.dtype, torch.float32)).where(mask.bool(), 0)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.where(mask.bool(), 0)
 
 def masked_mean(x, mask):
     """Σ mask · x / Σ mask: the mean over valid entries, 0 if there are none.
@@ -129,21 +129,21 @@ def masked_mean(x, mask):
     """
     return valid(x, mask).sum() / mask.bool().sum().clamp_min(1)
 
-def batches(lengths, batch_size, epochs, first, seed, stage):
-    """(step, steps, rows) of each step from `first` on, over epochs of random batches.
+def batches(items, lengths, batch_size, epochs, seed, stage):
+    """All batches of all epochs, in random order: a list of lists of items.
 
-    The rows of a batch have similar lengths, so that little of it is padding.
+    The items of a batch have similar lengths, so that little of it is padding.
     """
-    per_epoch = math.ceil(len(lengths) / batch_size)
-    for step in range(first, epochs * per_epoch):
-        if step == first or step % per_epoch == 0:
-            # Shuffle the rows, cut them by length into batches, and shuffle the batches.
-            generator = seeded(seed, stage, step // per_epoch)
-            order = torch.randperm(len(lengths), generator=generator)
-            order = order[torch.tensor(lengths)[order].argsort(stable=True)]
-            parts = order.split(batch_size)
-            turns = torch.randperm(per_epoch, generator=generator)
-        yield step, epochs * per_epoch, parts[turns[step % per_epoch]].tolist()
+    result = []
+    for epoch in range(epochs):
+        # Shuffle the items, cut them by length into batches, and shuffle the batches.
+        generator = seeded(seed, stage, epoch)
+        order = torch.randperm(len(items), generator=generator).tolist()
+        order.sort(key=lambda i: lengths[i])
+        starts = torch.arange(0, len(items), batch_size)
+        for start in starts[torch.randperm(len(starts), generator=generator)]:
+            result.append([items[i] for i in order[start:start + batch_size]])
+    return result
 
 def make_optimizer(model):
     """Adam, fused: one kernel for all weights. Every step sets its own learning rate."""
@@ -159,9 +159,10 @@ def begin(model, optimizer, last):
 
 def set_learning_rate(optimizer, peak, step, steps, warmup):
     """Up to the peak in warmup + 1 equal steps, then linearly down, to reach 0 after `steps`."""
-    lr = peak * min((step + 1) / (warmup + 1), (steps - step) / max(steps - warmup, 1))
+    up = (step + 1) / (warmup + 1)
+    down = (steps - step) / max(steps - warmup, 1)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = peak * min(up, down)
 
 def gradient_step(model, optimizer, max_grad_norm):
     """Clip the gradient, step and clear it; returns its norm before clipping.
@@ -186,7 +187,8 @@ def language_model_loss(model, documents):
     """
     tokens, mask = pad(documents, model.wte.weight.device)                 # (B, S)
     logits = model(tokens[:, :-1])                                         # (B, S-1, V)
-    return -masked_mean(gather_log_probs(logits, tokens[:, 1:]), mask[:, 1:])
+    log_probs = gather_log_probs(logits, tokens[:, 1:])                    # (B, S-1)
+    return -masked_mean(log_probs, mask[:, 1:])
 
 def train_language_model(model, documents, config, optimizer=None, last=None):
     """Stage 1: minimise −E log π(x_{i+1} | x_1 … x_i) over the corpus.
@@ -198,12 +200,14 @@ def train_language_model(model, documents, config, optimizer=None, last=None):
     need(documents, "document")
     optimizer, first = begin(model, optimizer, last)
     lengths = [len(document) for document in documents]
-    for step, steps, rows in batches(lengths, config.lm_batch_size, config.lm_epochs, first,
-                                     config.seed, "language_model"):
+    todo = batches(documents, lengths, config.lm_batch_size, config.lm_epochs, config.seed,
+                   "language_model")
+    steps = len(todo)
+    for step in range(first, steps):
         set_learning_rate(optimizer, config.lm_lr, step, steps, warmup=min(50, steps // 10))
         # The loss on one batch of documents, and its gradient.
         optimizer.zero_grad()
-        loss = language_model_loss(model, [documents[i] for i in rows])
+        loss = language_model_loss(model, todo[step])
         loss.backward()
         # One step of Adam.
         norm = gradient_step(model, optimizer, config.max_grad_norm)
@@ -213,11 +217,14 @@ def train_language_model(model, documents, config, optimizer=None, last=None):
 def corpus_loss(model, documents):
     """`language_model_loss` as a number, over any number of documents."""
     need(documents, "document")
-    total, documents = 0.0, sorted(documents, key=len)  # so that little of a batch is padding
+    documents = sorted(documents, key=len)  # so that little of a batch is padding
+    total = tokens = 0
     for i in range(0, len(documents), 16):
         batch = documents[i:i + 16]
-        total += (sum(map(len, batch)) - len(batch)) * float(language_model_loss(model, batch))
-    return total / (sum(map(len, documents)) - len(documents))  # all but each document's first
+        n = sum(map(len, batch)) - len(batch)  # all but each document's first
+        total += n * float(language_model_loss(model, batch))
+        tokens += n
+    return total / tokens
 
 # ======== Reward model: preferences become a number ==============================================
 def reward_model_loss(chosen, rejected):
@@ -248,25 +255,20 @@ def ranking_loss(scores):
 def score_rows(reward_model, rows):
     """r(x, y) (N,) of N texts, lists of ids, each read at its last token."""
     # Sixteen rows at a time, sorted by length, so that little is padding; then back in order.
+    scores, device = [], reward_model.gpt.wte.weight.device
     order = torch.tensor([len(row) for row in rows]).argsort(stable=True)
-    scores = []
     for part in order.split(16):
-        tokens, mask = pad([rows[i] for i in part], reward_model.gpt.wte.weight.device)  # (16, S)
+        tokens, mask = pad([rows[i] for i in part], device)                # (16, S)
         scores.append(reward_model(tokens, mask.sum(1)))
     return torch.cat(scores)[order.argsort()]                              # (N,)
 
 def score_comparisons(reward_model, comparisons):
-    """A tuple with one (K,) per comparison: r(x, y) of its responses, each passed through once."""
-    rows = [prompt + y for prompt, responses in comparisons for y in responses]
-    scores = score_rows(reward_model, rows)                                # (Σ K,)
-    return scores.split([len(responses) for _, responses in comparisons])
-
-def group_by_length(rankings):
-    """Stack rankings of the same K, one kernel for all: a list of (K,) -> a list of (n, K)."""
-    groups = defaultdict(list)
-    for scores in rankings:
-        groups[len(scores)].append(scores)
-    return [torch.stack(group) for group in groups.values()]
+    """r(x, y) of all responses: for each K that occurs, (n, K) of the n comparisons with K."""
+    groups = {}
+    for prompt, responses in comparisons:
+        rows = groups.setdefault(len(responses), [])
+        rows += [prompt + response for response in responses]
+    return [score_rows(reward_model, rows).view(-1, K) for K, rows in groups.items()]
 
 def train_reward_model(reward_model, comparisons, config, optimizer=None, last=None):
     """Stage 2: minimise `ranking_loss`, averaged over prompts, whose K may differ.
@@ -278,32 +280,34 @@ def train_reward_model(reward_model, comparisons, config, optimizer=None, last=N
     need(comparisons, "comparison")
     optimizer, first = begin(reward_model, optimizer, last)
     lengths = [len(prompt) + max(map(len, responses)) for prompt, responses in comparisons]
-    for step, steps, rows in batches(lengths, config.rm_batch_size, config.rm_epochs, first,
-                                     config.seed, "reward_model"):
+    todo = batches(comparisons, lengths, config.rm_batch_size, config.rm_epochs, config.seed,
+                   "reward_model")
+    steps = len(todo)
+    for step in range(first, steps):
         set_learning_rate(optimizer, config.rm_lr, step, steps, warmup=min(20, steps // 10))
         # One forward pass per response, and eq. 1: the mean over prompts, whatever their K.
         optimizer.zero_grad()
-        scores = score_comparisons(reward_model, [comparisons[i] for i in rows])
-        losses = [len(group) * ranking_loss(group) for group in group_by_length(scores)]
-        loss = sum(losses) / len(scores)
+        groups = score_comparisons(reward_model, todo[step])
+        loss = sum(len(scores) * ranking_loss(scores) for scores in groups) / len(todo[step])
         loss.backward()
         # One step of Adam.
         norm = gradient_step(reward_model, optimizer, config.max_grad_norm)
         yield {"step": step + 1, "steps": steps, "loss": loss.item(), "grad_norm": norm,
-               "accuracy": ranking_accuracy(scores)}
+               "accuracy": ranking_accuracy(groups)}
 
 @torch.no_grad()
-def ranking_accuracy(rankings):
+def ranking_accuracy(groups):
     """The share of pairs that the scores put in the right order, averaged over rankings.
 
-    rankings: a list of scores (K,), best first. A tie counts half.
+    groups: a list of scores (n, K), each row best first. A tie counts half.
     """
-    total = 0.0
-    for scores in group_by_length(rankings):                                          # (n, K)
-        better, worse = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1)
+    shares = []
+    for scores in groups:
+        K = scores.shape[1]
+        better, worse = torch.triu_indices(K, K, offset=1)
         signs = torch.sign(scores[:, better] - scores[:, worse])           # (n, C(K,2))
-        total += float(signs.mean(1).sum())
-    return total / len(rankings) / 2 + 0.5
+        shares.append(signs.mean(1))
+    return float(torch.cat(shares).mean()) / 2 + 0.5
 
 @torch.no_grad()
 def reward_model_accuracy(reward_model, comparisons):
@@ -319,8 +323,12 @@ def reward_scores(reward_model, sampled):
     it, or in place of its last token where the context has no more room.
     """
     eos, room = reward_model.gpt.config.eos_token, reward_model.gpt.config.block_size
-    texts = [prompt + response for prompt, response in zip(*sampled.lists())]
-    texts = [text if text[-1] == eos else text[:room - 1] + [eos] for text in texts]
+    texts = []
+    for prompt, response in zip(*sampled.lists()):
+        text = prompt + response
+        if text[-1] != eos:
+            text = text[:room - 1] + [eos]
+        texts.append(text)
     return score_rows(reward_model, texts)
 
 @torch.no_grad()
@@ -359,13 +367,16 @@ class Rollout:
 
     def take(self, rows):
         """The trajectories `rows`, trimmed to the longest of them."""
-        part = {name: x[rows] for name, x in vars(self).items() if torch.is_tensor(x)}
-        lengths = part["mask"].sum(1)                                      # (B',)
-        T, width = int(lengths.max()), int((part["prompt_lengths"] + lengths).max())
-        for name, x in part.items():
-            if x.dim() == 2:
-                part[name] = x[:, :width if name == "tokens" else T]
-        return replace(self, **part)
+        lengths = self.mask[rows].sum(1)                                   # (B',)
+        T = int(lengths.max())
+        width = int((self.prompt_lengths[rows] + lengths).max())
+        part = replace(self)
+        for name, x in vars(self).items():
+            if torch.is_tensor(x):
+                columns = width if name == "tokens" else T
+                x = x[rows, :columns] if x.dim() == 2 else x[rows]
+                setattr(part, name, x)
+        return part
 
     def lists(self):
         """(prompts, responses) as lists of ids, without padding."""
@@ -388,7 +399,8 @@ def sample_tokens(log_probs, uniforms):
     """
     cdf = log_probs.exp().cumsum(-1)                                       # (B, V)
     u = uniforms[:, None] * cdf[:, -1:]  # rounding leaves the sum near 1, not at it
-    return torch.searchsorted(cdf, u, right=True).squeeze(1).clamp_max(cdf.shape[1] - 1)
+    first = torch.searchsorted(cdf, u, right=True).squeeze(1)              # (B,)
+    return first.clamp_max(cdf.shape[1] - 1)
 
 def check_rollout(gpt, prompts, max_new_tokens, temperature):
     """ValueError, before anything is sampled, for what `rollout` cannot do."""
@@ -434,7 +446,8 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
         logits = gpt.logits(x[:, 0] / temperature)                         # (B', V)
         log_p = F.log_softmax(logits, dim=-1, dtype=wide)                  # (B', V)
         action = sample_tokens(log_p, uniforms[t, rows]).where(alive, 0)  # (B',)
-        log_probs[rows, t] = log_p.gather(1, action[:, None]).squeeze(1).where(alive, 0)
+        log_prob = log_p.gather(1, action[:, None]).squeeze(1)             # (B',)
+        log_probs[rows, t] = log_prob.where(alive, 0)
         tokens[rows, lengths[rows] + t] = action
         mask[rows, t] = alive
         # Ended rows leave once a fifth of them have ended: moving the cache costs time.
@@ -448,7 +461,8 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
         # Append a_t to s_t, and read on.
         positions = (lengths[rows] + t)[:, None]                           # (B', 1)
         x = gpt.hidden(action[:, None], [c[:, :P + T] for c in cache], positions)
-    actions = tokens.gather(1, lengths[:, None] + torch.arange(T, device=device))  # (B, T)
+    places = lengths[:, None] + torch.arange(T, device=device)             # (B, T)
+    actions = tokens.gather(1, places)                                     # (B, T)
     return Rollout(tokens=tokens[:, :P + T], prompt_lengths=lengths, actions=actions,
                    mask=mask[:, :T], log_probs=log_probs[:, :T])
 
@@ -459,7 +473,8 @@ def gather_log_probs(logits, actions):
     logits: (B, T, V), actions: (B, T) of ids, in padding too    returns: (B, T) in nats, each <= 0
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.log_softmax(logits, dim=-1).gather(-1, actions[..., None]).squeeze(-1)
+    log_p = F.log_softmax(logits, dim=-1)                                  # (B, T, V)
+    return log_p.gather(-1, actions[..., None]).squeeze(-1)
 
 def forward_responses(model, batch, temperature):
     """One pass over prompts and responses, read at position P-1+t for each step t.
@@ -471,12 +486,14 @@ def forward_responses(model, batch, temperature):
     T = batch.mask.shape[1]
     at = batch.prompt_lengths[:, None] - 1 + torch.arange(T, device=batch.mask.device)  # (B, T)
     # After a row's end `at` may point beyond the tokens: what is read there is never used.
-    x = gpt.hidden(batch.tokens, at=at.clamp_max(batch.tokens.shape[1] - 1))  # (B, T, C)
+    at = at.clamp_max(batch.tokens.shape[1] - 1)
+    x = gpt.hidden(batch.tokens, at=at)                                    # (B, T, C)
     logits = gpt.logits(x / temperature)                                   # (B, T, V)
     log_probs = gather_log_probs(logits, batch.actions).where(batch.mask, 0)  # (B, T)
     values = torch.zeros_like(log_probs)                                   # (B, T)
     if model is not gpt:
-        values = model.value_head(x).squeeze(-1).to(log_probs).where(batch.mask, 0)
+        values = model.value_head(x).squeeze(-1).to(log_probs)
+        values = values.where(batch.mask, 0)
     return log_probs, values, logits
 
 @torch.no_grad()
@@ -488,8 +505,8 @@ def read_responses(model, batch, config):
     log_probs, values = batch.log_probs.new_zeros(2, *batch.mask.shape)    # 2 × (B, T)
     for rows, part in micro_batches(batch, config.micro_batch_size):
         T = part.mask.shape[1]
-        new_log_probs, new_values, _ = forward_responses(model, part, config.temperature)
-        log_probs[rows, :T], values[rows, :T] = new_log_probs, new_values
+        log_probs[rows, :T], values[rows, :T], _ = forward_responses(
+            model, part, config.temperature)
     return log_probs, values
 
 def kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, kl_coef):
@@ -612,7 +629,8 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
     values, returns = valid(values, mask), valid(returns.detach(), mask)   # 2 × (B, T)
     old_values = valid(old_values.detach(), mask)                          # (B, T)
     clipped = values.clamp(old_values - clip, old_values + clip)           # (B, T)
-    return 0.5 * masked_mean(torch.max((values - returns)**2, (clipped - returns)**2), mask)
+    worse = torch.max((values - returns)**2, (clipped - returns)**2)       # (B, T)
+    return 0.5 * masked_mean(worse, mask)
 
 def entropy(logits, mask):
     """E H[π(·|s_t)] = −E Σ_a π(a|s_t) log π(a|s_t), in nats.
@@ -761,7 +779,6 @@ def ppo_update(policy, optimizer, experience, config, generator=None, documents=
                 ptx_loss = language_model_loss(policy.gpt, sample)
                 (config.ptx_coef * ptx_loss).backward()
                 metrics["ptx_loss"] = ptx_loss.item()
-                metrics["loss"] += (config.ptx_coef * ptx_loss).item()
             # One step of Adam.
             metrics["grad_norm"] = gradient_step(policy, optimizer, config.max_grad_norm)
             history.append(metrics)
@@ -808,23 +825,26 @@ def experience_metrics(e, eos_token):
     """What to watch: reward, KL (k1, k3), length, share ended, entropy, explained variance."""
     kl, kl_k3 = kl_estimates(e.log_probs, e.ref_log_probs, e.mask)         # 2 × (B,)
     length = e.mask.sum(1)                                                 # (B,)
-    columns = {"reward": e.scores, "kl": kl, "kl_k3": kl_k3, "length": length.float(),
-               "ended": ends(e, eos_token).float()}
-    metrics = {name: float(x.mean()) for name, x in columns.items()}
-    metrics["entropy"] = -float(masked_mean(e.log_probs, e.mask))  # H = −E log π, from the samples
     # 1 − Var(R − V) / Var(R): 1 if V predicts every return, 0 if it is as good as a constant.
-    returns, errors = e.returns[e.mask], (e.returns - e.values)[e.mask]
-    unexplained = errors.var(correction=0) / returns.var(correction=0).clamp_min(1e-8)
-    metrics["explained_variance"] = 1 - float(unexplained)
-    metrics["rollout_tokens_per_s"] = int(length.sum()) / e.rollout_seconds
-    return metrics
+    total = e.returns[e.mask].var(correction=0)
+    error = (e.returns - e.values)[e.mask].var(correction=0)
+    metrics = {"reward": e.scores.mean(),
+               "kl": kl.mean(),
+               "kl_k3": kl_k3.mean(),
+               "length": length.float().mean(),
+               "ended": ends(e, eos_token).float().mean(),
+               "entropy": -masked_mean(e.log_probs, e.mask),  # H = −E log π, from the samples
+               "explained_variance": 1 - error / total.clamp_min(1e-8),
+               "rollout_tokens_per_s": length.sum() / e.rollout_seconds}
+    return {name: float(x) for name, x in metrics.items()}
 
 # ======== Evaluation =============================================================================
-def wilson(wins, n, z=1.96):
-    """Wilson's 95% interval (low, high) of a share wins / n."""
-    p, d = wins / n, 1 + z * z / n
-    middle = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+def wilson(share, n, z=1.96):
+    """Wilson's 95% interval (low, high) of a share of n."""
+    d = 1 + z * z / n
+    middle = share + z * z / (2 * n)
+    variance = share * (1 - share) / n + z * z / (4 * n * n)
+    half = z * math.sqrt(variance)
     return (middle - half) / d, (middle + half) / d
 
 @torch.no_grad()
@@ -836,28 +856,31 @@ def evaluate(policy, reference, reward_fn, prompts, config, true_reward_fn=None)
     """
     need(prompts, "prompt")
     prompts, eos = prompts[:config.eval_prompts], reference.config.eos_token
-    judges = {"reward": reward_fn, "true_reward": true_reward_fn}
-    texts, figures = {"prompt": prompts, "lm": [], "ppo": []}, defaultdict(list)
+    texts, figures = {"prompt": prompts, "lm": [], "ppo": []}, {"kl": []}
     for side, model in (("lm", reference), ("ppo", policy)):
         for i in range(0, len(prompts), 128):
             # Each model responds to the same prompts.
+            part = prompts[i:i + 128]
             generator = seeded(config.seed, f"evaluate {side}", i)
-            r = rollout(model, prompts[i:i + 128], config.max_new_tokens, eos, config.temperature,
-                        generator)
+            r = rollout(model, part, config.max_new_tokens, eos, config.temperature, generator)
             texts[side] += r.lists()[1]
-            # Score the responses, and measure how far the policy's are from the reference's.
-            columns = {f"{name}_{side}": judge(r) for name, judge in judges.items() if judge}
-            columns |= {f"length_{side}": r.mask.sum(1), f"ended_{side}": ends(r, eos)}
+            # Score the responses.
+            columns = {"reward": reward_fn(r), "length": r.mask.sum(1), "ended": ends(r, eos)}
+            if true_reward_fn:
+                columns["true_reward"] = true_reward_fn(r)
+            for name, values in columns.items():
+                figures.setdefault(f"{name}_{side}", []).extend(values.tolist())
+            # Measure how far the policy's are from the reference.
             if side == "ppo":
                 ref_log_probs, _ = read_responses(reference, r, config)
-                columns["kl"], _ = kl_estimates(r.log_probs, ref_log_probs, r.mask)
-            for name, values in columns.items():
-                figures[name] += [float(value) for value in values]
+                kl, _ = kl_estimates(r.log_probs, ref_log_probs, r.mask)
+                figures["kl"] += kl.tolist()
     record = evaluation_record(figures, "true_reward" if true_reward_fn else "reward")
     record["distinct_ppo"] = len(set(map(tuple, texts["ppo"]))) / len(prompts)
     # One sample per prompt, from the columns.
     columns = texts | figures
-    return record, [dict(zip(columns, row)) for row in zip(*columns.values())]
+    samples = [dict(zip(columns, row)) for row in zip(*columns.values())]
+    return record, samples
 
 def evaluation_record(figures, judge):
     """Means of the figures, the win rate by `judge`, and how the two rewards correlate."""
@@ -867,7 +890,7 @@ def evaluation_record(figures, judge):
     better = columns[f"{judge}_ppo"] - columns[f"{judge}_lm"]              # (prompts,)
     wins = float(torch.sign(better).mean()) / 2 + 0.5
     record["win_rate"] = wins
-    record["win_rate_low"], record["win_rate_high"] = wilson(wins * len(better), len(better))
+    record["win_rate_low"], record["win_rate_high"] = wilson(wins, len(better))
     # Where the true reward is known: how well the learned one follows it.
     if judge == "true_reward":
         both = torch.stack([columns["true_reward_lm"], columns["reward_lm"]])
@@ -883,8 +906,8 @@ SAVE_EVERY = 10.0  # seconds; a kill costs at most these and one step
 
 def stage_settings(stage, config, data):
     """All that a stage's weights depend on: its settings, those of earlier stages, and the data."""
-    stages = STAGES[1:STAGES.index(stage.replace("_", " ")) + 1]  # not "run": where to read, write
-    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
+    stages = STAGES[1:STAGES.index(stage) + 1]  # not "run": where to read and write
+    settings = {f.name: getattr(config, f.name) for f in fields(config)
                 if f.metadata["stage"] in stages}
     return settings | {"data": data.fingerprint, "stage": stage, "format of checkpoints": 2}
 
@@ -999,7 +1022,8 @@ def starting_point(config):
     data = dataset.load(config.data_dir, config.block_size, config.max_new_tokens, encoding)
     if lm:  # other weights to start from are like other data
         weights = torch.cat([weight.flatten() for weight in lm.state_dict().values()])
-        data.fingerprint += hashlib.sha256(weights.numpy()).hexdigest()[:16]
+        digest = hashlib.sha256(weights.numpy()).hexdigest()
+        data.fingerprint += digest[:16]
     else:
         lm = GPT(GPTConfig(data.eos_token + 1, config.block_size, config.n_layer, config.n_head,
                            config.n_embd), seeded(config.seed, "language_model init", 0))
@@ -1011,8 +1035,11 @@ def true_reward_of(data):
     if not data.shipped:
         return None
     from data.reviews.annotator import true_reward
-    return lambda prompts, responses: torch.tensor(
-        [true_reward(data.text(x), data.text(y)) for x, y in zip(prompts, responses)])
+
+    def judge(prompts, responses):
+        texts = [(data.text(x), data.text(y)) for x, y in zip(prompts, responses)]
+        return torch.tensor([true_reward(*pair) for pair in texts])
+    return judge
 
 def run(config, fresh=None):
     """Run every stage; `fresh` and those after it start over. Returns the evaluation record."""
@@ -1041,13 +1068,14 @@ def run(config, fresh=None):
     stage("reward_model", reward_model, reward_stage)
 
     # 3. PPO: the policy starts as the language model and learns from the reward model.
-    policy, true_reward, watched = ActorCritic(lm), true_reward_of(data), {}
+    policy, score, watched = ActorCritic(lm), partial(reward_scores, reward_model), {}
+    true_reward = true_reward_of(data)
     judge = true_reward and (lambda sampled: true_reward(*sampled.lists()))
 
     def reward_fn(sampled):
         if judge:  # for the log alone: training never sees it
             watched["true_reward"] = float(judge(sampled).mean())
-        return reward_scores(reward_model, sampled)
+        return score(sampled)
 
     def ppo_stage(*state):
         for metrics in train_ppo(policy, lm, reward_fn, train.prompts, config, *state,
@@ -1056,13 +1084,13 @@ def run(config, fresh=None):
     stage("ppo", policy, ppo_stage)
 
     # 4. Evaluation on held-out prompts, comparisons and documents.
-    start, score = time.perf_counter(), partial(reward_scores, reward_model)
+    start = time.perf_counter()
     record, samples = evaluate(policy, lm, score, held.prompts, config, judge)
     record["language_model_loss"] = corpus_loss(lm, held.documents)
     record["reward_model_accuracy"] = reward_model_accuracy(reward_model, held.comparisons)
     if judge:  # labels are noisy: the true reward itself does not predict all of them
-        record["reward_model_ceiling"] = ranking_accuracy(
-            [true_reward([x] * len(ys), ys) for x, ys in held.comparisons])
+        rankings = [true_reward([x] * len(ys), ys)[None] for x, ys in held.comparisons]
+        record["reward_model_ceiling"] = ranking_accuracy(rankings)  # each (1, K)
     seconds["evaluation"] = time.perf_counter() - start
     record |= {f"seconds_{name}": s for name, s in seconds.items()}
     record["seconds"] = sum(seconds.values())
