@@ -1,6 +1,6 @@
 """Reinforcement learning from human feedback, from scratch, in the order of its derivation.
 
-One index convention holds everywhere. A prompt has P tokens and a response T. With the state
+One index convention holds for all responses. A prompt has P tokens and a response T. With the state
 s_t = prompt ⊕ y_0 … y_{t-1} and the action a_t = y_t, everything with index t is read from the
 hidden state at position P-1+t, the last token of s_t: the logits that give log π(a_t|s_t), and the
 value V(s_t). So `log_probs`, `values`, `rewards`, `advantages` and `mask` are all (B, T), column t
@@ -8,7 +8,8 @@ is time step t, and nothing is shifted by one. Sequences are right-padded: each 
 a prefix of ones, up to and including the end token, and nothing after it can change any result.
 Shapes: B rows, S tokens per row, T steps, V tokens in the vocabulary (V(s) is the value), C width.
 
-A function copied with the helpers that its docstring says it "Needs" works alone, with torch.
+In sampling, PPO and the KL, π is the softmax of logits / temperature. A function copied with the
+helpers that its docstring says it "Needs", and with what they need, works alone, with torch.
 Papers, on arXiv: PPO 1707.06347; GAE 1506.02438; InstructGPT 2203.02155.
 """
 import argparse
@@ -26,7 +27,7 @@ from data import dataset, show
 from model import GPT, ActorCritic, GPTConfig, RewardModel, load_file, save_file
 
 # ======== Settings, and what every stage needs ===================================================
-# Stage by stage: the reward model comes after sampling, since it is normalised on samples.
+# What the settings act on, in order: the reward model's scores are normalised on samples.
 STAGES = ("run", "every stage", "language_model", "rollout", "reward_model", "ppo", "evaluation")
 RANGES = {"at least 0": lambda x: x >= 0, "at least 1": lambda x: x >= 1,
           "more than 0": lambda x: x > 0, "from 0 to 1": lambda x: 0 <= x <= 1,
@@ -59,7 +60,7 @@ class Config:
     rm_epochs: int = RM(1, "passes over the comparisons")
     rm_batch_size: int = RM(16, "prompts per step", "at least 1")
     rm_lr: float = RM(1e-3, "peak learning rate")
-    ppo_iterations: int = PPO(50, "times collect + update")
+    ppo_iterations: int = PPO(50, "how often to collect and update")
     ppo_batch_size: int = PPO(128, "trajectories per iteration", "at least 1")
     ppo_epochs: int = PPO(1, "passes over each batch of experience", "at least 1")
     minibatch_size: int = PPO(32, "trajectories per gradient step", "at least 1")
@@ -100,7 +101,7 @@ def need(items, what):
         raise ValueError(f"there is no {what}")
 
 def draw(items, n, generator, what):
-    """n items of a list in random order; each is used once before one is used twice."""
+    """n items of a list in random order; each is used once before any is used twice."""
     need(items, what)
     order = []
     while len(order) < n:
@@ -123,10 +124,7 @@ def valid(x, mask):
     return x.where(mask.bool(), 0)
 
 def masked_mean(x, mask):
-    """Σ mask · x / Σ mask: the mean over valid entries, 0 if there are none.
-
-    x, mask: (B, T)    returns: () in float32 or better. Needs `valid`.
-    """
+    """Σ mask · x / Σ mask, (B, T) -> (): the mean over valid entries, or 0. Needs `valid`."""
     return valid(x, mask).sum() / mask.bool().sum().clamp_min(1)
 
 def batches(items, lengths, batch_size, epochs, seed, stage):
@@ -147,7 +145,7 @@ def batches(items, lengths, batch_size, epochs, seed, stage):
 
 def make_optimizer(model):
     """Adam, fused: one kernel for all weights. Every step sets its own learning rate."""
-    # ε = 1e-5 as in baselines' ppo2: it shortens steps on tiny gradients.
+    # PPO's ε is 1e-5 as in baselines' ppo2: it shortens steps on tiny gradients.
     eps = 1e-5 if isinstance(model, ActorCritic) else 1e-8
     return torch.optim.Adam(model.parameters(), eps=eps, fused=True)
 
@@ -165,10 +163,7 @@ def set_learning_rate(optimizer, peak, step, steps, warmup):
         group["lr"] = peak * min(up, down)
 
 def gradient_step(model, optimizer, max_grad_norm):
-    """Clip the gradient, step and clear it; returns its norm before clipping.
-
-    FloatingPointError for a norm that is not finite: it never reaches the weights.
-    """
+    """Clip the gradient, step, clear it; returns its norm. FloatingPointError if not finite."""
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
     if not math.isfinite(norm):
         optimizer.zero_grad()
@@ -237,20 +232,23 @@ def reward_model_loss(chosen, rejected):
     Source: InstructGPT 2203.02155, eq. 1 with K = 2; Stiennon et al. 2009.01325, section 3.4.
     """
     chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
-    return -F.logsigmoid(chosen - rejected).mean()  # sigmoid underflows to 0, and its log is -inf
+    return -F.logsigmoid(chosen - rejected).mean()  # not log(sigmoid): that underflows to log 0
+
+def ranked_pairs(scores):
+    """Scores (B, K), best first -> (B, C(K,2)) of the better of each pair, and of the worse."""
+    K = scores.shape[1]
+    better, worse = torch.triu_indices(K, K, offset=1, device=scores.device)
+    return scores[:, better], scores[:, worse]
 
 def ranking_loss(scores):
     """−1/C(K,2) E Σ_{i<j} log σ(r_i − r_j): a ranking of K responses as all of its C(K,2) pairs.
 
     Each response passes through the network once per epoch. As separate pairs, each would drive
-    K−1 updates, and InstructGPT's model then overfitted. K = 2 is `reward_model_loss`.
+    K−1 updates, and InstructGPT's model then overfitted.
     scores: (B, K) of the responses to B prompts, best first, K >= 2    returns: () mean over pairs
-    Source: InstructGPT 2203.02155, eq. 1.
+    Source: InstructGPT 2203.02155, eq. 1. Needs `ranked_pairs`, `reward_model_loss`.
     """
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    K = scores.shape[1]
-    better, worse = torch.triu_indices(K, K, offset=1, device=scores.device)  # 2 × (C(K,2),)
-    return -F.logsigmoid(scores[:, better] - scores[:, worse]).mean()
+    return reward_model_loss(*ranked_pairs(scores))
 
 def score_rows(reward_model, rows):
     """r(x, y) (N,) of N texts, lists of ids, each read at its last token."""
@@ -263,7 +261,7 @@ def score_rows(reward_model, rows):
     return torch.cat(scores)[order.argsort()]                              # (N,)
 
 def score_comparisons(reward_model, comparisons):
-    """r(x, y) of all responses: for each K that occurs, (n, K) of the n comparisons with K."""
+    """r(x, y) of all responses: for each K that occurs, (n, K) of its n comparisons."""
     groups = {}
     for prompt, responses in comparisons:
         rows = groups.setdefault(len(responses), [])
@@ -274,8 +272,8 @@ def train_reward_model(reward_model, comparisons, config, optimizer=None, last=N
     """Stage 2: minimise `ranking_loss`, averaged over prompts, whose K may differ.
 
     A generator, like `train_language_model`: it trains as it is iterated, and goes on after `last`.
-    comparisons: (prompt, responses best first), lists of ids; each response ends with the end
-    token, where it is scored. ValueError without comparisons.
+    comparisons: (prompt, two or more responses, best first), lists of ids; each response ends with
+    the end token, where it is scored. ValueError without comparisons.
     """
     need(comparisons, "comparison")
     optimizer, first = begin(reward_model, optimizer, last)
@@ -303,10 +301,8 @@ def ranking_accuracy(groups):
     """
     shares = []
     for scores in groups:
-        K = scores.shape[1]
-        better, worse = torch.triu_indices(K, K, offset=1)
-        signs = torch.sign(scores[:, better] - scores[:, worse])           # (n, C(K,2))
-        shares.append(signs.mean(1))
+        better, worse = ranked_pairs(scores)                               # 2 × (n, C(K,2))
+        shares.append(torch.sign(better - worse).mean(1))
     return float(torch.cat(shares).mean()) / 2 + 0.5
 
 @torch.no_grad()
@@ -359,24 +355,23 @@ def normalize_rewards(reward_model, reference, prompts, config):
 @dataclass
 class Rollout:
     """Trajectories τ ~ π_θ. The sampled ids are trained on: text is never encoded again."""
-    tokens: torch.Tensor          # (B, longest P + T) prompt, response, padding
+    tokens: torch.Tensor          # (B, S) prompt, response, padding; S >= P + T of each row
     prompt_lengths: torch.Tensor  # (B,) P of each row
     actions: torch.Tensor         # (B, T) a_t, 0 after the end
     mask: torch.Tensor            # (B, T) True up to and including the end
-    log_probs: torch.Tensor       # (B, T) log π(a_t|s_t) of the distribution sampled from
+    log_probs: torch.Tensor       # (B, T) log π(a_t|s_t) under the distribution sampled from
 
     def take(self, rows):
         """The trajectories `rows`, trimmed to the longest of them."""
         lengths = self.mask[rows].sum(1)                                   # (B',)
         T = int(lengths.max())
         width = int((self.prompt_lengths[rows] + lengths).max())
-        part = replace(self)
+        part = {}
         for name, x in vars(self).items():
             if torch.is_tensor(x):
                 columns = width if name == "tokens" else T
-                x = x[rows, :columns] if x.dim() == 2 else x[rows]
-                setattr(part, name, x)
-        return part
+                part[name] = x[rows, :columns] if x.dim() == 2 else x[rows]
+        return replace(self, **part)
 
     def lists(self):
         """(prompts, responses) as lists of ids, without padding."""
@@ -389,7 +384,7 @@ def micro_batches(batch, size):
         yield rows, batch.take(rows)
 
 def ends(sampled, eos_token):
-    """(B,) whether the response ends by itself: its last valid action is the end token."""
+    """(B,) whether the response ends by itself: the end token is among its valid actions."""
     return ((sampled.actions == eos_token) & sampled.mask.bool()).any(1)
 
 def sample_tokens(log_probs, uniforms):
@@ -493,15 +488,11 @@ def forward_responses(model, batch, temperature):
     values = torch.zeros_like(log_probs)                                   # (B, T)
     if model is not gpt:
         values = model.value_head(x).squeeze(-1).to(log_probs)
-        values = values.where(batch.mask, 0)
-    return log_probs, values, logits
+    return log_probs, values.where(batch.mask, 0), logits
 
 @torch.no_grad()
 def read_responses(model, batch, config):
-    """(log_probs (B, T), values (B, T)) by `forward_responses`, one micro-batch at a time.
-
-    The logits of all rows at once would fill the memory.
-    """
+    """log_probs and values, 2 × (B, T), by micro-batches: all logits would fill the memory."""
     log_probs, values = batch.log_probs.new_zeros(2, *batch.mask.shape)    # 2 × (B, T)
     for rows, part in micro_batches(batch, config.micro_batch_size):
         T = part.mask.shape[1]
@@ -539,7 +530,8 @@ def policy_gradient_loss(log_probs, weights, mask):
     And since E_a[∇log π(a|s)] = ∇Σ_a π(a|s) = 0, we may subtract from w_t what a_t cannot change:
     rewards before t (`rewards_to_go`), any baseline b(s_t). With γ = 1 the mean gradient is
     the same; its variance falls with a good b, such as V(s_t). What is left estimates the advantage
-    A(s_t, a_t): `gae`, unbiased for ∇J if λ = 1 or V is exact. The log π in r_t needs no gradient.
+    A(s_t, a_t): `gae`, unbiased for ∇J if λ = 1 or V is exact. The log π_θ inside r_t needs no
+    gradient of its own: that would be E[∇log π] = 0 once more. data/ladder.py trains with this loss.
     log_probs, weights, mask: (B, T)    returns: (); weights are constants, detached here
     Source: REINFORCE, Williams 1992; GAE 1506.02438, eq. 1. Needs `valid`.
     """
@@ -564,9 +556,10 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
     V(s_t) = E[Σ_{t' >= t} γ^{t'−t} r_{t'}], the value, is fitted by `value_loss`. The TD errors
     δ_t = r_t + γ V(s_{t+1}) − V(s_t) telescope: Σ_{l<k} γ^l δ_{t+l} is what k steps earned, plus
-    γ^k V(s_{t+k}), minus V(s_t). Averaged over k with weights (1−λ) λ^{k−1} (beyond the end all k
-    give the same, so the last one has the rest of the weight) that is
+    γ^k V(s_{t+k}), minus V(s_t). Averaged over k = 1, 2, … with weights (1−λ) λ^{k−1} (all k beyond
+    the end give the same), this is
         A_t = Σ_l (γλ)^l δ_{t+l},    backwards from the end:    A_t = δ_t + γλ A_{t+1}
+    the rewards-to-go of δ with discount γλ.
     V after the last action is 0, even if the response was cut: its score is paid there. λ = 1
     gives rewards-to-go minus V (no bias in ∇J, most variance), λ = 0 is δ_t (trusts V most).
     By hand, γ = 1, λ = 1/2, r = (0, 0, 1), V = (0.2, 0.4, 0.8):
@@ -574,17 +567,13 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
         A = (0.2 + 0.25, 0.4 + 0.1, 0.2) = (0.45, 0.5, 0.2)
     rewards, values, mask: (B, T)    returns: (B, T), 0 after the end; A + V is the value target.
     Assumes that each row of the mask is a prefix of ones (right padding). Gradients pass: call it
-    under no_grad. Needs `valid`.
-    Source: GAE 1506.02438, eq. 16; PPO 1707.06347, eq. 12, and 11, whose exponent should be T−t−1.
+    under no_grad. Needs `valid`, `rewards_to_go`.
+    Source: GAE 1506.02438, eq. 16; PPO 1707.06347, eqs. 11 (its exponent should be T−t−1) and 12.
     """
-    rewards, values = valid(rewards, mask), valid(values, mask)
-    advantages, next_value, next_advantage = [], 0, 0
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]          # (B,)
-        next_advantage = delta + gamma * lam * next_advantage              # (B,)
-        next_value = values[:, t]
-        advantages.append(next_advantage)
-    return torch.stack(advantages[::-1], dim=1)
+    rewards, values = valid(rewards, mask), valid(values, mask)            # 2 × (B, T)
+    next_values = F.pad(values[:, 1:], (0, 1))                             # (B, T) V(s_{t+1})
+    deltas = rewards + gamma * next_values - values                        # (B, T)
+    return rewards_to_go(deltas, mask, gamma * lam)
 
 def whiten(x, mask):
     """(x − mean) / √(variance + 1e-8) over valid entries, 0 elsewhere.
@@ -594,7 +583,7 @@ def whiten(x, mask):
     Source: lm-human-preferences, utils/core.py, per minibatch; here over the whole batch.
     """
     x = valid(x, mask)
-    x = x - x.where(mask.bool(), -torch.inf).amax()  # a constant becomes exactly 0
+    x = x - x.where(mask.bool(), -torch.inf).amax()  # a constant is now exactly 0
     centred = valid(x - masked_mean(x, mask), mask)
     return centred * torch.rsqrt(masked_mean(centred**2, mask) + 1e-8)
 
@@ -612,9 +601,9 @@ def ppo_policy_loss(log_probs, old_log_probs, advantages, mask, clip=0.2):
     tokens; old_log_probs and advantages are constants, detached here
     Source: PPO 1707.06347, eq. 7. Needs `valid`, `masked_mean`.
     """
-    old_log_probs, advantages = old_log_probs.detach(), advantages.detach()
-    ratio = (valid(log_probs, mask) - valid(old_log_probs, mask)).exp()    # (B, T)
-    advantages = valid(advantages, mask)                                   # (B, T)
+    log_probs, old_log_probs = valid(log_probs, mask), valid(old_log_probs.detach(), mask)
+    ratio = (log_probs - old_log_probs).exp()                              # (B, T)
+    advantages = valid(advantages.detach(), mask)                          # (B, T)
     clipped = ratio.clamp(1 - clip, 1 + clip)                              # (B, T)
     return -masked_mean(torch.min(ratio * advantages, clipped * advantages), mask)
 
@@ -652,8 +641,8 @@ def kl_estimates(log_probs, ref_log_probs, mask):
     """Two estimates of KL(π‖π_ref) for each sequence, from samples of π, in nats.
 
     With Δ_t = log π_ref(a_t|s_t) − log π(a_t|s_t):  k1 = Σ −Δ_t,  k3 = Σ (exp(Δ_t) − 1 − Δ_t).
-    Both are unbiased; k3 is never negative and varies less near π = π_ref. (With Δ reversed, k3
-    estimates χ² − KL per step, χ² = Σ_a π²/π_ref − 1: much the same near π_ref, too high far off.)
+    Both are unbiased; k3 is never negative and varies less near π = π_ref. A common mistake is Δ
+    reversed: that estimates χ² − KL per step, χ² = Σ_a π²/π_ref − 1, far too high away from π_ref.
     log_probs, ref_log_probs, mask: (B, T)    returns: (k1 (B,), k3 (B,))
     Source: Schulman 2020, "Approximating KL divergence". Needs `valid`.
     """
@@ -678,7 +667,7 @@ class Experience(Rollout):
     """
     ref_log_probs: torch.Tensor  # (B, T) log π_ref(a_t|s_t)
     values: torch.Tensor         # (B, T) V_old(s_t)
-    scores: torch.Tensor         # (B,) of the whole responses
+    scores: torch.Tensor         # (B,) of the whole responses; missing_eos_score for a cut one
     rewards: torch.Tensor        # (B, T) r_t
     advantages: torch.Tensor     # (B, T) A_t, not whitened
     returns: torch.Tensor        # (B, T) A_t + V_old(s_t), the value's target
@@ -716,7 +705,7 @@ def collect(policy, reference, reward_fn, prompts, config, generator=None):
 def ppo_loss(policy, batch, config):
     """L = −L_clip + c1 L_VF − c2 H on a micro-batch (PPO 1707.06347, eq. 9 with its sign turned).
 
-    returns: (loss (), {metric: () without gradient})
+    returns: (loss (), {metric: ()})
     """
     log_probs, values, logits = forward_responses(policy, batch, config.temperature)
     mask, old_log_probs = batch.mask, batch.log_probs
@@ -731,7 +720,7 @@ def ppo_loss(policy, batch, config):
     metrics = {"loss": loss, "policy_loss": policy_part, "value_loss": value_part,
                "clip_fraction": masked_mean(change.abs() > config.clip, mask),
                "approx_kl": masked_mean(change - log_ratio, mask)}  # k3 of KL(π_old‖π)
-    return loss, {name: value.detach() for name, value in metrics.items()}
+    return loss, metrics
 
 def minibatch_gradient(policy, minibatch, config):
     """Add the gradient of `ppo_loss` on a minibatch to .grad; returns its metrics as numbers.
@@ -745,7 +734,7 @@ def minibatch_gradient(policy, minibatch, config):
         loss, watched = ppo_loss(policy, batch, config)
         (share * loss).backward()
         for name, value in watched.items():
-            total[name] = total.get(name, 0) + share * value
+            total[name] = total.get(name, 0) + share * value.detach()
     return {name: float(value) for name, value in total.items()}
 
 def ppo_update(policy, optimizer, experience, config, generator=None, documents=None):
@@ -753,7 +742,7 @@ def ppo_update(policy, optimizer, experience, config, generator=None, documents=
 
     PPO-ptx: with ptx_coef, each step adds ptx_coef times the gradient of −E log π(x), a mean per
     token, on as many `documents` as it has trajectories, at temperature 1 (InstructGPT, eq. 2;
-    its §C.4 has eight times as many, so its coefficient, 27.8, is on another scale).
+    its §C.4 has eight times as many, and the coefficient 27.8).
     FloatingPointError for a gradient that is not finite.
     """
     # Advantages are whitened over the whole batch; the returns keep their own scale.
@@ -784,7 +773,7 @@ def ppo_update(policy, optimizer, experience, config, generator=None, documents=
             history.append(metrics)
         if stop:
             break
-    # The mean of each metric over the steps: none, if the first minibatch already stopped.
+    # The mean of each metric over the steps.
     update = {"updates": len(history), "early_stop": stop, "tokens": tokens}
     for name in history[0] if history else ():
         update[name] = sum(m[name] for m in history) / len(history)
@@ -803,21 +792,20 @@ def train_ppo(policy, reference, reward_fn, prompts, config, optimizer=None, las
     steps = config.ppo_iterations
     for step in range(first, steps):
         generator = seeded(config.seed, "ppo", step)
-        # A warm-up: Adam's first steps are large, and repairing the language costs KL.
+        # A warm-up: Adam's first steps are large, and could damage the language.
         set_learning_rate(optimizer, config.ppo_lr, step, steps, warmup=steps // 7)
         # β is fixed, or follows from the KL of the step before.
-        kl_coef = config.kl_coef
         if last and config.kl_target is not None:
             kl_coef = adapt_kl_coef(last["kl_coef"], last["kl"], config.kl_target)
-        now = replace(config, kl_coef=kl_coef)
+            config = replace(config, kl_coef=kl_coef)
         # Collect experience with the policy.
         batch = draw(prompts, config.ppo_batch_size, generator, "prompt")
-        experience = collect(policy, reference, reward_fn, batch, now, generator)
+        experience = collect(policy, reference, reward_fn, batch, config, generator)
         # Update the policy on it.
         start = time.perf_counter()
-        update = ppo_update(policy, optimizer, experience, now, generator, documents)
+        update = ppo_update(policy, optimizer, experience, config, generator, documents)
         update["update_tokens_per_s"] = update.pop("tokens") / (time.perf_counter() - start)
-        last = {"step": step + 1, "steps": steps, "kl_coef": kl_coef,
+        last = {"step": step + 1, "steps": steps, "kl_coef": config.kl_coef,
                 **experience_metrics(experience, policy.gpt.config.eos_token), **update}
         yield last
 
@@ -851,7 +839,8 @@ def wilson(share, n, z=1.96):
 def evaluate(policy, reference, reward_fn, prompts, config, true_reward_fn=None):
     """The trained policy against the reference on the same held-out prompts.
 
-    reward_fn, true_reward_fn: Rollout -> (B,); the true one judges where it is known.
+    reward_fn, true_reward_fn: Rollout -> (B,); the true one judges where it is known. A cut
+    response keeps its score here.
     returns: (record of figures, list of samples, one per prompt, with token lists and scores)
     """
     need(prompts, "prompt")
@@ -870,7 +859,7 @@ def evaluate(policy, reference, reward_fn, prompts, config, true_reward_fn=None)
                 columns["true_reward"] = true_reward_fn(r)
             for name, values in columns.items():
                 figures.setdefault(f"{name}_{side}", []).extend(values.tolist())
-            # Measure how far the policy's are from the reference.
+            # Measure how far the policy's responses are from the reference.
             if side == "ppo":
                 ref_log_probs, _ = read_responses(reference, r, config)
                 kl, _ = kl_estimates(r.log_probs, ref_log_probs, r.mask)
@@ -882,17 +871,17 @@ def evaluate(policy, reference, reward_fn, prompts, config, true_reward_fn=None)
     samples = [dict(zip(columns, row)) for row in zip(*columns.values())]
     return record, samples
 
-def evaluation_record(figures, judge):
-    """Means of the figures, the win rate by `judge`, and how the two rewards correlate."""
+def evaluation_record(figures, by):
+    """Means of the figures, the win rate by the reward `by`, and how the two rewards correlate."""
     columns = {name: torch.tensor(x, dtype=torch.float64) for name, x in figures.items()}
     record = {name: float(x.mean()) for name, x in columns.items()}
     # How often the policy's response is the better one: a tie is half a win.
-    better = columns[f"{judge}_ppo"] - columns[f"{judge}_lm"]              # (prompts,)
-    wins = float(torch.sign(better).mean()) / 2 + 0.5
+    margin = columns[f"{by}_ppo"] - columns[f"{by}_lm"]                    # (prompts,)
+    wins = float(torch.sign(margin).mean()) / 2 + 0.5
     record["win_rate"] = wins
-    record["win_rate_low"], record["win_rate_high"] = wilson(wins, len(better))
+    record["win_rate_low"], record["win_rate_high"] = wilson(wins, len(margin))
     # Where the true reward is known: how well the learned one follows it.
-    if judge == "true_reward":
+    if by == "true_reward":
         both = torch.stack([columns["true_reward_lm"], columns["reward_lm"]])
         std = both.std(1, correction=0)                                    # (2,)
         record["true_reward_std_lm"] = float(std[0])
@@ -967,7 +956,7 @@ def run_stage(stage, model, train, checkpoint, log, config, data):
         model.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         print(f"{stage}: {'done' if state['done'] else 'goes on'} ({out / FILES[stage]})")
-    # The checkpoints hold the log: steps logged after the last one are redone.
+    # The checkpoints hold the log: steps logged after the last save are redone.
     dataset.write_records(out / "log.jsonl", log + state["rows"])
     start, saved = time.perf_counter() - state["seconds"], -math.inf
     if not state["done"]:
@@ -1031,14 +1020,14 @@ def starting_point(config):
     return lm, data, config
 
 def true_reward_of(data):
-    """(prompts, responses), lists of ids -> true rewards (B,); None unless the data are shipped."""
+    """A function (prompts, responses) -> true rewards (B,), or None if the data are not shipped."""
     if not data.shipped:
         return None
     from data.reviews.annotator import true_reward
 
     def judge(prompts, responses):
-        texts = [(data.text(x), data.text(y)) for x, y in zip(prompts, responses)]
-        return torch.tensor([true_reward(*pair) for pair in texts])
+        scores = [true_reward(data.text(x), data.text(y)) for x, y in zip(prompts, responses)]
+        return torch.tensor(scores)
     return judge
 
 def run(config, fresh=None):
@@ -1056,7 +1045,7 @@ def run(config, fresh=None):
     # 1. The language model learns the corpus; from here on it is the frozen reference.
     train, held = data.train, data.held_out
     stage("language_model", lm.to(device),
-          lambda *state: train_language_model(lm, train.documents, config, *state))
+          partial(train_language_model, lm, train.documents, config))
     lm.requires_grad_(False)
 
     # 2. The reward model learns the preferences; then its scores are normalised.
@@ -1094,8 +1083,7 @@ def run(config, fresh=None):
     seconds["evaluation"] = time.perf_counter() - start
     record |= {f"seconds_{name}": s for name, s in seconds.items()}
     record["seconds"] = sum(seconds.values())
-    log.append({"stage": "evaluation", "step": 1, **record})
-    dataset.write_records(out / "log.jsonl", log)
+    dataset.write_records(out / "log.jsonl", [{"stage": "evaluation", "step": 1, **record}], "a")
     samples = [sample | {key: data.text(sample[key]) for key in ("prompt", "lm", "ppo")}
                for sample in samples]
     dataset.write_records(out / "samples.jsonl", samples)
