@@ -531,7 +531,7 @@ def policy_gradient_loss(log_probs, weights, mask):
     rewards before t (`rewards_to_go`), any baseline b(s_t). With γ = 1 the mean gradient is
     the same; its variance falls with a good b, such as V(s_t). What is left estimates the advantage
     A(s_t, a_t): `gae`, unbiased for ∇J if λ = 1 or V is exact. The log π_θ inside r_t needs no
-    gradient of its own: that would be E[∇log π] = 0 once more. data/ladder.py trains with this loss.
+    gradient of its own: that would be E[∇log π] = 0 again. data/ladder.py trains with this loss.
     log_probs, weights, mask: (B, T)    returns: (); weights are constants, detached here
     Source: REINFORCE, Williams 1992; GAE 1506.02438, eq. 1. Needs `valid`.
     """
