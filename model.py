@@ -51,7 +51,7 @@ class Attention(nn.Module):
         if cache is not None:
             # Each row writes at its own positions and sees no later keys, which are padding.
             rows = torch.arange(B, device=x.device)[:, None]
-            cache[rows, positions] = torch.cat([k, v], dim=2).to(cache)
+            cache[rows, positions] = qkv[..., C:].to(cache)
             k, v = cache.to(q).split(C, dim=2)                             # 2 × (B, K, C)
             keys = torch.arange(cache.shape[1], device=x.device)
             seen = (keys <= positions[..., None])[:, None]                 # (B, 1, S, K)
