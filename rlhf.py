@@ -86,7 +86,8 @@ class Config:
             number = type(value) is int or type(value) is float and f.type is not int
             sound = number and abs(value) < 1e30 and RANGES[expected](value)
             if f.type not in (str, str | None) and not off and not sound:
-                raise ValueError(f"{f.name} is {value!r}, expected {expected}")
+                kind = getattr(f.type, "__name__", f.type)  # int, or float | None
+                raise ValueError(f"{f.name} is {value!r}, expected {kind}, {expected}")
         if self.kl_target and not self.kl_coef:
             raise ValueError("kl_coef is 0, expected more: kl_target multiplies it")
 
@@ -204,7 +205,6 @@ def train_language_model(model, documents, config, optimizer=None, last=None):
         optimizer.zero_grad()
         loss = language_model_loss(model, todo[step])
         loss.backward()
-        # One step of Adam.
         norm = gradient_step(model, optimizer, config.max_grad_norm)
         yield {"step": step + 1, "steps": steps, "loss": loss.item(), "grad_norm": norm}
 
@@ -288,7 +288,6 @@ def train_reward_model(reward_model, comparisons, config, optimizer=None, last=N
         groups = score_comparisons(reward_model, todo[step])
         loss = sum(len(scores) * ranking_loss(scores) for scores in groups) / len(todo[step])
         loss.backward()
-        # One step of Adam.
         norm = gradient_step(reward_model, optimizer, config.max_grad_norm)
         yield {"step": step + 1, "steps": steps, "loss": loss.item(), "grad_norm": norm,
                "accuracy": ranking_accuracy(groups)}
@@ -632,11 +631,9 @@ def entropy(logits, mask):
     return masked_mean(-(log_p.exp() * log_p).sum(-1), mask)
 
 # ======== Reward hacking and the KL penalty ======================================================
-#
 # r(x, y) is only a fit. Far from the texts that it was trained on, some bad texts score high,
 # and an optimiser finds them: reward hacking. Maximising E[r] − β KL(π‖π_ref) keeps π near π_ref;
 # the penalty is paid in `kl_penalized_rewards`.
-
 def kl_estimates(log_probs, ref_log_probs, mask):
     """Two estimates of KL(π‖π_ref) for each sequence, from samples of π, in nats.
 
@@ -848,7 +845,6 @@ def evaluate(policy, reference, reward_fn, prompts, config, true_reward_fn=None)
     texts, figures = {"prompt": prompts, "lm": [], "ppo": []}, {"kl": []}
     for side, model in (("lm", reference), ("ppo", policy)):
         for i in range(0, len(prompts), 128):
-            # Each model responds to the same prompts.
             part = prompts[i:i + 128]
             generator = seeded(config.seed, f"evaluate {side}", i)
             r = rollout(model, part, config.max_new_tokens, eos, config.temperature, generator)
