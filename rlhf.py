@@ -440,8 +440,7 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
         logits = gpt.logits(x[:, 0] / temperature)                         # (B', V)
         log_p = F.log_softmax(logits, dim=-1, dtype=wide)                  # (B', V)
         action = sample_tokens(log_p, uniforms[t, rows]).where(alive, 0)  # (B',)
-        log_prob = log_p.gather(1, action[:, None]).squeeze(1)             # (B',)
-        log_probs[rows, t] = log_prob.where(alive, 0)
+        log_probs[rows, t] = log_p.gather(1, action[:, None]).squeeze(1)
         tokens[rows, lengths[rows] + t] = action
         mask[rows, t] = alive
         # Ended rows leave once a fifth of them have ended: moving the cache costs time.
@@ -455,10 +454,9 @@ def rollout(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generat
         # Append a_t to s_t, and read on.
         positions = (lengths[rows] + t)[:, None]                           # (B', 1)
         x = gpt.hidden(action[:, None], [c[:, :P + T] for c in cache], positions)
-    places = lengths[:, None] + torch.arange(T, device=device)             # (B, T)
-    actions = tokens.gather(1, places)                                     # (B, T)
+    actions = tokens.gather(1, lengths[:, None] + torch.arange(T, device=device))  # (B, T)
     return Rollout(tokens=tokens[:, :P + T], prompt_lengths=lengths, actions=actions,
-                   mask=mask[:, :T], log_probs=log_probs[:, :T])
+                   mask=mask[:, :T], log_probs=log_probs.where(mask, 0)[:, :T])
 
 # ======== Log-probabilities and rewards ==========================================================
 def gather_log_probs(logits, actions):

@@ -848,7 +848,7 @@ def updated(policy, experience, config, lr=0.1, documents=None):
     metrics = ppo_update(learner, sgd(learner, lr), experience, config, draws(), documents)
     return learner, metrics
 
-WIDE = dict(vocab=40, layers=2, heads=4, width=64, context=64, std=0.02)
+WIDE = dict(vocab=40, layers=2, heads=4, width=64, context=64, std=0.2)
 @pytest.mark.parametrize("micro_batch_size", [4, 8, 16, 32])
 def test_the_ratio_of_every_token_is_1_before_the_first_update(micro_batch_size, monkeypatch):
     """ρ_t = π/π_old = 1 exactly: a dropout, or a text that was encoded anew, would show here."""
