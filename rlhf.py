@@ -234,21 +234,17 @@ def reward_model_loss(chosen, rejected):
     chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
     return -F.logsigmoid(chosen - rejected).mean()  # not log(sigmoid): that underflows to log 0
 
-def ranked_pairs(scores):
-    """Scores (B, K), best first -> (B, C(K,2)) of the better of each pair, and of the worse."""
-    K = scores.shape[1]
-    better, worse = torch.triu_indices(K, K, offset=1, device=scores.device)
-    return scores[:, better], scores[:, worse]
-
 def ranking_loss(scores):
     """−1/C(K,2) E Σ_{i<j} log σ(r_i − r_j): a ranking of K responses as all of its C(K,2) pairs.
 
     Each response passes through the network once per epoch. As separate pairs, each would drive
     K−1 updates, and InstructGPT's model then overfitted.
     scores: (B, K) of the responses to B prompts, best first, K >= 2    returns: () mean over pairs
-    Source: InstructGPT 2203.02155, eq. 1. Needs `ranked_pairs`, `reward_model_loss`.
+    Source: InstructGPT 2203.02155, eq. 1. Needs `reward_model_loss`.
     """
-    return reward_model_loss(*ranked_pairs(scores))
+    K = scores.shape[1]
+    better, worse = torch.triu_indices(K, K, offset=1, device=scores.device)  # 2 × (C(K,2),)
+    return reward_model_loss(scores[:, better], scores[:, worse])
 
 def score_rows(reward_model, rows):
     """r(x, y) (N,) of N texts, lists of ids, each read at its last token."""
@@ -300,8 +296,10 @@ def ranking_accuracy(groups):
     """
     shares = []
     for scores in groups:
-        better, worse = ranked_pairs(scores)                               # 2 × (n, C(K,2))
-        shares.append(torch.sign(better - worse).mean(1))
+        K = scores.shape[1]
+        better, worse = torch.triu_indices(K, K, offset=1)
+        signs = torch.sign(scores[:, better] - scores[:, worse])           # (n, C(K,2))
+        shares.append(signs.mean(1))
     return float(torch.cat(shares).mean()) / 2 + 0.5
 
 @torch.no_grad()
