@@ -850,7 +850,7 @@ def evaluate(policy, reference, reward_fn, prompts, config, true_reward_fn=None)
             if true_reward_fn:
                 columns["true_reward"] = true_reward_fn(r)
             for name, values in columns.items():
-                figures.setdefault(f"{name}_{side}", []).extend(values.tolist())
+                figures.setdefault(f"{name}_{side}", []).extend(map(float, values))
             # Measure how far the policy's responses are from the reference.
             if side == "ppo":
                 ref_log_probs, _ = read_responses(reference, r, config)
