@@ -1448,7 +1448,7 @@ def test_a_run_leaves_what_the_design_promises(world_run):
     for side, true in (("lm", lm), ("ppo", ppo)):
         assert [s[f"true_reward_{side}"] for s in samples] == pytest.approx(true, abs=1e-4)
     n, wins = len(samples), np.mean((ppo > lm) + 0.5 * (ppo == lm))
-    # Wilson: win rates p from which the one seen is 1.96 standard deviations, √(p (1 − p) / n), off.
+    # Wilson: win rates p from which the one seen is 1.96 deviations, √(p (1 − p) / n), away.
     low, high = sorted(np.roots([1 + 1.96**2 / n, -2 * wins - 1.96**2 / n, wins**2]))
     expected = {
         "true_reward_lm": lm.mean(), "true_reward_ppo": ppo.mean(), "true_reward_std_lm": lm.std(),
