@@ -1441,7 +1441,8 @@ def test_a_run_leaves_what_the_design_promises(world_run):
     for row, names in (
             (ppo[0], "reward kl kl_k3 entropy approx_kl clip_fraction explained_variance ended "
              "value_loss length rollout_tokens_per_s update_tokens_per_s seconds true_reward"),
-            (record, "reward_ppo ended_lm length_lm seconds seconds_ppo language_model_loss")):
+            (record, "reward_lm reward_ppo ended_lm length_lm reward_model_accuracy seconds "
+             "language_model_loss seconds_ppo")):
         assert set(names.split()) <= row.keys()
     lm, ppo = (np.array([annotator.true_reward(s["prompt"], s[side]) for s in samples])
                for side in ("lm", "ppo"))
@@ -1450,12 +1451,11 @@ def test_a_run_leaves_what_the_design_promises(world_run):
     n, wins = len(samples), np.mean((ppo > lm) + 0.5 * (ppo == lm))
     # Wilson: win rates p from which the one seen is 1.96 deviations, √(p (1 − p) / n), away.
     low, high = sorted(np.roots([1 + 1.96**2 / n, -2 * wins - 1.96**2 / n, wins**2]))
-    expected = {
-        "true_reward_lm": lm.mean(), "true_reward_ppo": ppo.mean(), "true_reward_std_lm": lm.std(),
-        "win_rate": wins, "win_rate_low": low, "win_rate_high": high,
-        "kl": np.mean([s["kl"] for s in samples]),
-        "distinct_ppo": len({s["ppo"] for s in samples}) / n,
-        "reward_correlation_lm": np.corrcoef(lm, [s["reward_lm"] for s in samples])[0, 1]}
+    expected = {"true_reward_lm": lm.mean(), "true_reward_ppo": ppo.mean(), "win_rate": wins,
+                "win_rate_low": low, "win_rate_high": high, "true_reward_std_lm": lm.std(),
+                "kl": np.mean([s["kl"] for s in samples]),
+                "distinct_ppo": len({s["ppo"] for s in samples}) / n,
+                "reward_correlation_lm": np.corrcoef(lm, [s["reward_lm"] for s in samples])[0, 1]}
     assert {name: record[name] for name in expected} == pytest.approx(expected, abs=1e-4)
     data = dataset.load(world_run.data_dir, 96, 8)  # the ceiling: how well r* predicts the labels
     rankings = [torch.tensor([[annotator.true_reward(data.text(x), data.text(y)) for y in ys]])
